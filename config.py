@@ -1,0 +1,225 @@
+"""What people edit: the shape of the network, how it is trained, and the presets.
+
+A value comes from the first place that has it: a flag, then `--preset` (only if given), then what stands in this file.
+To run an experiment, change `model_config` or `train_config` at the end of this file, or pass the field's name as a flag:
+
+    python train.py --n_layer 4 --learning_rate 1e-3
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+def _check(problems: list[str], owner: str) -> None:
+    """Raise one ValueError that lists every problem, so that nobody mends a configuration one error at a time."""
+    if problems:
+        raise ValueError(f"{owner}: " + "; ".join(problems))
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of the network. A field that is None takes its family's own value (see `arch`)."""
+
+    block_size: int = 1024
+    """Context length in tokens: how far back the model can look."""
+    vocab_size: int = 50257
+    """Number of token ids. train.py takes it from the tokenizer of the data; a flag that differs is refused."""
+    n_layer: int = 12
+    """Number of transformer blocks."""
+    n_head: int = 12
+    """Number of attention heads; n_embd must be divisible by it."""
+    n_embd: int = 768
+    """Width of the residual stream."""
+    dropout: float = 0.0
+    """Probability of dropping an activation in training. 0 is best while the model sees its data only a few times."""
+    bias: bool | None = None
+    """Biases in linears and norms. None: the family's own (gpt2 True; qwen3 has none and refuses True)."""
+    arch: Literal["gpt2", "qwen3"] = "gpt2"
+    """Family: gpt2 (learned positions, LayerNorm, GELU) or qwen3 (rotary positions, RMSNorm, QK-norm, SwiGLU)."""
+    flash: bool = True
+    """Fused attention kernel; False runs the explicit masked softmax, the readable reference."""
+    n_kv_head: int | None = None
+    """qwen3 only: number of key/value heads shared by the query heads. None: n_head."""
+    n_hidden: int | None = None
+    """Width inside the MLP. None: 4 n_embd (gpt2), or 8/3 n_embd rounded up to a multiple of 64 (qwen3, about as many parameters)."""
+    rope_theta: float | None = None
+    """qwen3 only: base of the rotary frequencies. None: 10,000."""
+
+    def __post_init__(self):
+        problems = [
+            f"{name}={getattr(self, name)} must be at least 1"
+            for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_kv_head", "n_hidden")
+            if getattr(self, name) is not None and getattr(self, name) < 1
+        ]
+        if self.arch not in ("gpt2", "qwen3"):
+            problems.append(f"arch={self.arch!r} is unknown; take gpt2 or qwen3")
+        if not 0.0 <= self.dropout < 1.0:
+            problems.append(f"dropout={self.dropout} must be at least 0 and below 1")
+        if self.n_head >= 1 and self.n_embd % self.n_head:
+            nearest = max(1, round(self.n_embd / self.n_head)) * self.n_head
+            problems.append(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}; try n_embd={nearest}")
+        if self.arch == "qwen3":
+            if self.bias:
+                problems.append("bias=True is an option of arch=gpt2; qwen3 has no biases, leave it out")
+            if self.n_kv_head and self.n_head % self.n_kv_head:
+                problems.append(f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}")
+            if self.n_head >= 1 and (self.n_embd // self.n_head) % 2:
+                problems.append(f"rotary positions need an even n_embd / n_head, not {self.n_embd // self.n_head}")
+            if self.rope_theta is not None and self.rope_theta <= 0:
+                problems.append(f"rope_theta={self.rope_theta} must be above 0")
+        else:
+            problems += [
+                f"{name}={getattr(self, name)} is an option of arch=qwen3; leave it out or pass --arch qwen3"
+                for name in ("n_kv_head", "rope_theta")
+                if getattr(self, name) is not None
+            ]
+        _check(problems, "model")
+        if self.bias is None:
+            object.__setattr__(self, "bias", self.arch == "gpt2")
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_head or self.n_head
+
+    @property
+    def mlp_width(self) -> int:
+        return self.n_hidden or (4 * self.n_embd if self.arch == "gpt2" else -(-8 * self.n_embd // (3 * 64)) * 64)
+
+    @property
+    def theta(self) -> float:
+        return self.rope_theta or 10_000.0
+
+    @classmethod
+    def nano(cls, **overrides) -> "GPTConfig":
+        """About 1M parameters with a vocabulary of its own: minutes on a laptop's CPU. Family chosen by measurement (MEASUREMENTS.md)."""
+        return cls(**{"block_size": 256, "vocab_size": 1024, "n_layer": 4, "n_head": 4, "n_embd": 128, "arch": "qwen3"} | overrides)
+
+    @classmethod
+    def mini(cls, **overrides) -> "GPTConfig":
+        """6 layers x 384: about 11M parameters besides the token embedding, 30M with GPT-2's vocabulary."""
+        return cls(**{"block_size": 128, "n_layer": 6, "n_head": 6, "n_embd": 384} | overrides)
+
+    @classmethod
+    def tiny(cls, **overrides) -> "GPTConfig":
+        """About 50M parameters with GPT-2's vocabulary."""
+        return cls(**{"block_size": 512, "n_layer": 8, "n_head": 8, "n_embd": 512} | overrides)
+
+    @classmethod
+    def small(cls, **overrides) -> "GPTConfig":
+        """About 100M parameters with GPT-2's vocabulary."""
+        return cls(**{"block_size": 1024, "n_layer": 9, "n_head": 12, "n_embd": 768} | overrides)
+
+    @classmethod
+    def medium(cls, **overrides) -> "GPTConfig":
+        """About 300M parameters with GPT-2's vocabulary."""
+        return cls(**{"block_size": 1024, "n_layer": 20, "n_head": 16, "n_embd": 1024} | overrides)
+
+
+ModelConfig = GPTConfig
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a model is trained. Every field is a flag of train.py."""
+
+    optimizer: Literal["adamw", "muon"] = "muon"
+    """muon: Muon for the matrices inside the blocks and AdamW for the rest; adamw: AdamW for everything."""
+    learning_rate: float = 3e-4
+    """Peak learning rate of the AdamW part (embeddings and norms under muon, everything under adamw)."""
+    muon_learning_rate: float = 0.02
+    """Peak learning rate of the Muon part."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay, on matrices only."""
+    beta1: float = 0.9
+    """AdamW: decay of the gradient's running mean."""
+    beta2: float = 0.95
+    """AdamW: decay of the squared gradient's running mean."""
+    grad_clip: float = 1.0
+    """Largest norm of the whole gradient; 0 switches clipping off."""
+    batch_size: int = 32
+    """Windows of block_size tokens in one forward pass."""
+    gradient_accumulation_steps: int = 4
+    """Forward passes added up to one optimizer step: the effective batch is batch_size times this."""
+    max_steps: int = 100_000
+    """Optimizer steps of the whole run."""
+    epochs: float | None = None
+    """Length of the run in passes over the training data, instead of max_steps."""
+    lr_schedule: Literal["cosine", "linear"] = "cosine"
+    """Shape of the decay after warmup."""
+    warmup_steps: int = 2000
+    """Steps of linear warmup; at most a tenth of the run unless this very flag is given."""
+    final_lr_fraction: float = 0.1
+    """Learning rate at the last step, as a fraction of the peak."""
+    eval_interval: int = 500
+    """Steps between two evaluations on the validation split; the last step always evaluates."""
+    eval_tokens: int = 200_000
+    """Length of the fixed beginning of the validation split that is evaluated while training."""
+    checkpoint_interval: int = 1000
+    """Steps between two complete, resumable checkpoints; the last step always writes one."""
+    keep_checkpoints: str = "2"
+    """How many of the newest step checkpoints to keep: a number, or all."""
+    log_interval: int = 10
+    """Steps between two lines of metrics.jsonl."""
+    seed: int = 1337
+    """Seed of the initial weights, the data order and dropout."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps. auto takes CUDA, then MPS, then the CPU."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the forward and backward pass. auto: bfloat16 where the hardware computes in it and it pays."""
+    compile: bool | Literal["auto"] = "auto"
+    """torch.compile: True, False, or auto (on CUDA, and on a CPU in runs long enough to win the compilation's time back)."""
+
+    def __post_init__(self):
+        at_least = {"batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": 1, "warmup_steps": 0, "eval_interval": 1}
+        at_least |= {"eval_tokens": 1, "checkpoint_interval": 1, "log_interval": 1, "grad_clip": 0, "weight_decay": 0, "seed": 0}
+        problems = [f"{k}={getattr(self, k)} must be at least {v}" for k, v in at_least.items() if getattr(self, k) < v]
+        problems += [f"{k}={getattr(self, k)} must be above 0" for k in ("learning_rate", "muon_learning_rate") if getattr(self, k) <= 0]
+        problems += [f"{k}={getattr(self, k)} must be at least 0 and below 1" for k in ("beta1", "beta2") if not 0 <= getattr(self, k) < 1]
+        if self.epochs is not None and self.epochs <= 0:
+            problems.append(f"epochs={self.epochs} must be above 0")
+        if not 0 <= self.final_lr_fraction <= 1:
+            problems.append(f"final_lr_fraction={self.final_lr_fraction} must be between 0 and 1")
+        if self.keep_checkpoints != "all" and not (self.keep_checkpoints.isdecimal() and int(self.keep_checkpoints) >= 1):
+            problems.append(f"keep_checkpoints={self.keep_checkpoints!r} must be a number of at least 1, or all")
+        for name, choices in {
+            "optimizer": ("adamw", "muon"),
+            "lr_schedule": ("cosine", "linear"),
+            "dtype": ("auto", "float32", "bfloat16", "float16"),
+            "compile": ("auto", True, False),
+        }.items():
+            if getattr(self, name) not in choices:
+                problems.append(f"{name}={getattr(self, name)!r} is unknown; take one of {', '.join(map(str, choices))}")
+        _check(problems, "training")
+
+
+# A preset is a model and the training values that go with it; values it does not name stay as they stand in train_config.
+# nano's and mini's values were measured (MEASUREMENTS.md). The larger ones follow a rule and are unmeasured: the AdamW part's
+# peak falls with the width (3e-3 at 128 to 3e-4 at 1024), Muon's stays, warmup is the default.
+PRESETS = {
+    "nano": (
+        GPTConfig.nano,
+        {
+            "batch_size": 16,
+            "gradient_accumulation_steps": 1,
+            "max_steps": 700,
+            "learning_rate": 3e-3,
+            "lr_schedule": "linear",
+            "final_lr_fraction": 0.0,
+            "eval_interval": 100,
+            "eval_tokens": 100_000,
+            "checkpoint_interval": 200,
+        },
+    ),
+    "mini": (GPTConfig.mini, {"learning_rate": 1e-3, "max_steps": 5_000, "lr_schedule": "linear", "final_lr_fraction": 0.0}),
+    "tiny": (GPTConfig.tiny, {"learning_rate": 6e-4, "max_steps": 20_000}),
+    "small": (GPTConfig.small, {"learning_rate": 4e-4}),
+    "medium": (GPTConfig.medium, {"learning_rate": 3e-4}),
+}
+
+# The two lines to edit for an experiment, e.g. ModelConfig.tiny(block_size=256) and TrainConfig(learning_rate=1e-3, dropout=0.1).
+model_config = ModelConfig.small()
+train_config = TrainConfig()

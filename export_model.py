@@ -1,0 +1,151 @@
+"""Checkpoint -> files that run elsewhere. Each is loaded back and compared with the model before it gets its name.
+
+    python export_model.py --format onnx torchscript
+    python export_model.py --checkpoint checkpoints/stories --format onnx --output ./exported
+
+onnx         best_model.onnx: one file, input_ids (batch, length) int64 -> logits (batch, length, vocabulary) float32, any batch and length
+torchscript  best_model.ts.pt: the same function for torch.jit.load, in Python or C++ without this repository
+"""
+
+from utils import needs_packages, notice, read_command_line, run_script
+
+with needs_packages():
+    import contextlib
+    import io
+    import logging
+    import os
+    import warnings
+    from collections.abc import Callable, Iterable
+    from dataclasses import dataclass
+    from pathlib import Path
+
+    import numpy as np
+    import torch
+    from torch import Tensor, nn
+
+    from checkpoints_io import load_model
+    from models import GPT
+    from utils import fsync_directory
+
+TOLERANCE = 1e-4  # largest difference of a logit that still counts as the same model
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Flags of export_model.py."""
+
+    format: tuple[str, ...]
+    """onnx, torchscript."""
+    checkpoint: str = "./checkpoints"
+    """A .pt file, a run directory (its best model), or the name of one under ./checkpoints."""
+    output: str | None = None
+    """Directory for the files. Default: beside the checkpoint."""
+
+    def __post_init__(self):
+        check_formats(self.format)
+
+
+class LogitsOnly(nn.Module):
+    """The network as a function of token ids alone."""
+
+    def __init__(self, model: GPT):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.model(input_ids)[0]
+
+
+def write_torchscript(model: GPT, path: Path) -> Callable[[np.ndarray], np.ndarray]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated in favour of torch.export, and tracing asks to mind the length
+        traced = torch.jit.trace(LogitsOnly(model), example_ids(model, 2, model.config.block_size // 2 + 1), check_trace=False)
+        torch.jit.save(traced, str(path))
+        loaded = torch.jit.load(str(path))
+
+    def run(ids: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return loaded(torch.from_numpy(ids)).numpy()
+
+    return run
+
+
+def write_onnx(model: GPT, path: Path) -> Callable[[np.ndarray], np.ndarray]:
+    import onnxruntime
+
+    length = torch.export.Dim("length", max=model.config.block_size)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # the exporter reports its own steps
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            LogitsOnly(model),
+            (example_ids(model, 2, max(2, model.config.block_size // 2)),),
+            str(path),
+            dynamo=True,
+            external_data=False,
+            input_names=["input_ids"],
+            output_names=["logits"],
+            dynamic_shapes={"input_ids": {0: torch.export.Dim("batch"), 1: length}},
+        )
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return lambda ids: session.run(["logits"], {"input_ids": ids})[0]
+
+
+# format -> end of the file's name, what writes it and returns the loaded function
+FORMATS: dict[str, tuple[str, Callable]] = {"onnx": (".onnx", write_onnx), "torchscript": (".ts.pt", write_torchscript)}
+
+
+def check_formats(formats: Iterable[str]) -> None:
+    unknown = [name for name in formats if name not in FORMATS]
+    if unknown:
+        raise ValueError(f"unknown format {', '.join(unknown)}; take {', '.join(FORMATS)}")
+
+
+def example_ids(model: GPT, batch: int, length: int) -> Tensor:
+    """Random token ids (batch, length) int64."""
+    return torch.randint(model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
+
+
+@torch.inference_mode()
+def largest_difference(model: GPT, run: Callable[[np.ndarray], np.ndarray]) -> float:
+    """Largest difference of any logit between the model and what was exported, at several shapes; infinite where shapes differ."""
+    worst, block = 0.0, model.config.block_size
+    for batch, length in ((1, 1), (3, min(17, block)), (1, block)):
+        ids = example_ids(model, batch, length)
+        expected, got = model(ids)[0].numpy(), run(ids.numpy())
+        difference = np.abs(expected - got).max() if expected.shape == got.shape else np.inf
+        worst = max(worst, float(difference) if np.isfinite(difference) else np.inf)
+    return worst
+
+
+def export(checkpoint: str | Path, formats: Iterable[str], output: Path | None) -> bool:
+    """Write the formats beside the checkpoint or into `output`; True if all of them compute what the model computes."""
+    model, _, path, _ = load_model(str(checkpoint))
+    output = output or path.parent
+    output.mkdir(parents=True, exist_ok=True)
+    good = True
+    for name in dict.fromkeys(formats):
+        suffix, write = FORMATS[name]
+        target = output / (path.stem + suffix)
+        temporary = target.with_name(target.name + ".tmp")
+        try:
+            difference = largest_difference(model, write(model, temporary))
+            if difference <= TOLERANCE:
+                os.replace(temporary, target)
+                fsync_directory(output)
+                print(f"{target}: {target.stat().st_size / 1e6:.1f} MB, largest difference of a logit {difference:.1e}")
+            else:
+                notice(f"error: {name}: logits differ by up to {difference:.1e} (allowed {TOLERANCE}); the file was deleted")
+                good = False
+        finally:
+            temporary.unlink(missing_ok=True)
+    return good
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = read_command_line(Arguments, argv, __doc__, aliases={"model_path": "checkpoint"})
+    return 0 if export(args.checkpoint, args.format, Path(args.output) if args.output else None) else 1
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,284 @@
+"""The network: one GPT module, two families chosen by `GPTConfig.arch`.
+
+gpt2  (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"): learned positions, LayerNorm, tanh GELU.
+qwen3 (Qwen Team 2025, "Qwen3 Technical Report"): rotary positions, RMSNorm, QK-norm, SwiGLU, shared key/value heads.
+
+Both have an exact twin in `transformers` (GPT2LMHeadModel, Qwen3ForCausalLM). They differ in five places only: positions, norm,
+the norm of queries and keys, the gate of the MLP, and biases.
+
+Letters in shape comments: B batch, T new tokens, S tokens attended to, C n_embd, H query heads, K key/value heads, D head_dim, V vocabulary.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from config import GPTConfig
+
+IGNORE = -1  # a target with this value adds nothing to the loss
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, (n_layer, B, K, block_size, D) each, allocated once."""
+
+    def __init__(self, config: GPTConfig, batch_size: int, device="cpu", dtype=torch.float32):
+        shape = (config.n_layer, batch_size, config.kv_heads, config.block_size, config.head_dim)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k and v, (B, K, T, D), behind what is there; return all keys and values so far, (B, K, S, D)."""
+        end = self.length + k.size(2)
+        self.k[layer, :, :, self.length : end] = k
+        self.v[layer, :, :, self.length : end] = v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+
+class RMSNorm(nn.RMSNorm):
+    """Computes in float32 under autocast too, and gives back the dtype of its input (Zhang and Sennrich 2019)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float()).type_as(x)
+
+
+def norm(config: GPTConfig, width: int) -> nn.Module:
+    return RMSNorm(width, eps=1e-6) if config.arch == "qwen3" else nn.LayerNorm(width, eps=1e-5, bias=config.bias)
+
+
+def rotary_angles(positions: Tensor, config: GPTConfig) -> tuple[Tensor, Tensor]:
+    """cos and sin of the rotary angles of positions (T,), each (T, D/2) float32 (Su et al. 2021, "RoFormer")."""
+    exponents = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
+    angles = positions.float()[:, None] / config.theta ** exponents[None, :]
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (x[i], x[i + D/2]) of x (B, H, T, D) by their position's angle; dtype kept."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.heads = (config.n_head, config.kv_heads, config.kv_heads)
+        self.c_attn = nn.Linear(config.n_embd, sum(self.heads) * config.head_dim, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.q_norm = norm(config, config.head_dim) if config.arch == "qwen3" else None
+        self.k_norm = norm(config, config.head_dim) if config.arch == "qwen3" else None
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, layer: int, kv_cache: KVCache | None) -> Tensor:
+        B, T, C = x.shape
+        D = self.config.head_dim
+        q, k, v = self.c_attn(x).split([h * D for h in self.heads], dim=2)
+        q = q.view(B, T, -1, D)
+        k = k.view(B, T, -1, D)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.view(B, T, -1, D).transpose(1, 2)  # (B, H, T, D), 2 x (B, K, T, D)
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        past = kv_cache.length if kv_cache is not None else 0
+        if kv_cache is not None:
+            k, v = kv_cache.append(layer, k, v)  # (B, K, S, D)
+        if k.size(1) != q.size(1):
+            k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))  # (B, H, S, D)
+        y = self.attend(q, k, v, past)
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, past: int) -> Tensor:
+        """Causal attention of queries q (B, H, T, D) at positions past.. over k, v (B, H, S, D) -> (B, H, T, D)."""
+        T, S = q.size(2), k.size(2)
+        dropout = self.config.dropout if self.training else 0.0
+        # SDPA's own causal mask aligns the first query with the first key: right only without a past. One query sees everything.
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(past) if (past and T > 1) or not self.config.flash else None
+        if self.config.flash:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=not past)
+        scores = (q @ k.transpose(-2, -1)) / math.sqrt(q.size(-1))  # (B, H, T, S)
+        return F.dropout(scores.masked_fill(~mask, -torch.inf).softmax(dim=-1), dropout) @ v
+
+
+class MLP(nn.Module):
+    """c_fc holds gate and up stacked in its rows where the family is gated."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.gated = config.arch == "qwen3"
+        self.c_fc = nn.Linear(config.n_embd, config.mlp_width * (2 if self.gated else 1), bias=config.bias)
+        self.c_proj = nn.Linear(config.mlp_width, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gated:
+            gate, up = self.c_fc(x).chunk(2, dim=-1)
+            x = F.silu(gate) * up
+        else:
+            x = F.gelu(self.c_fc(x), approximate="tanh")
+        return self.resid_dropout(self.c_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.ln_1 = norm(config, config.n_embd)
+        self.attn = Attention(config)
+        self.ln_2 = norm(config, config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, layer: int, kv_cache: KVCache | None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), rotary, layer, kv_cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer (Vaswani et al. 2017) with pre-norm blocks and a tied output layer.
+
+    Parameter names are GPT-2's: wte, wpe, h.N.attn.c_attn, ..., ln_f. The output layer is wte's weight again, not a parameter.
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.arch == "gpt2" else None
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = norm(config, config.n_embd)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """GPT-2's initialisation: N(0, 0.02), residual projections scaled by 1/sqrt(2 n_layer), biases 0, norms 1."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                scale = math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 1.0
+                nn.init.normal_(parameter, std=0.02 / scale)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None, kv_cache: KVCache | None = None) -> tuple[Tensor, Tensor | None]:
+        """Predict the next token at every position.
+
+        idx: (B, T) int64 token ids. targets: (B, T) int64, the tokens that follow, -1 where none counts.
+        kv_cache: holds the tokens before idx, and idx after the call; for inference.
+        Returns logits (B, T, vocab_size) in the computing precision, and the mean cross-entropy in nats (float32) or None.
+        Raises ValueError if the tokens, with those in the cache, are more than block_size.
+        """
+        past = kv_cache.length if kv_cache is not None else 0
+        T = idx.size(1)
+        if past + T > self.config.block_size:
+            raise ValueError(f"{past + T} tokens do not fit into block_size={self.config.block_size}; pass the last block_size tokens")
+        positions = torch.arange(past, past + T, device=idx.device)
+        x = self.wte(idx)  # (B, T, C)
+        if self.wpe is not None:
+            x = x + self.wpe(positions)
+        rotary = rotary_angles(positions, self.config) if self.wpe is None else None
+        x = self.drop(x)
+        for layer, block in enumerate(self.h):
+            x = block(x, rotary, layer, kv_cache)
+        if kv_cache is not None:
+            kv_cache.length = past + T
+        logits = F.linear(self.ln_f(x), self.wte.weight)  # (B, T, V)
+        if targets is None:
+            return logits, None
+        loss = F.cross_entropy(logits.float().view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=IGNORE)
+        return logits, loss
+
+    @property
+    def device(self) -> torch.device:
+        return self.wte.weight.device
+
+    def num_parameters(self, embedding: bool = True) -> int:
+        """Number of weights; without `embedding`, those of the token table (which is the output layer too) are left out."""
+        return sum(p.numel() for p in self.parameters()) - (0 if embedding else self.wte.weight.numel())
+
+    def flops_per_token(self) -> int:
+        """Floating-point operations of one training step per token, forward and backward (Chowdhery et al. 2022, PaLM, appendix B)."""
+        used = self.num_parameters() - (self.wpe.weight.numel() if self.wpe is not None else 0)
+        return 6 * used + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
+
+    def parameter_groups(self, muon: bool) -> dict[str, list[nn.Parameter]]:
+        """Every parameter once, as the optimizers treat them: matrices that Muon takes (none without `muon`), those decayed, the rest.
+
+        Muon takes the matrices inside the blocks. Weight decay falls on matrices only, never on norms and biases.
+        """
+        groups: dict[str, list[nn.Parameter]] = {"muon": [], "decay": [], "no_decay": []}
+        for name, parameter in self.named_parameters():
+            if muon and parameter.dim() == 2 and name.startswith("h."):
+                groups["muon"].append(parameter)
+            else:
+                groups["decay" if parameter.dim() == 2 else "no_decay"].append(parameter)
+        ids = [id(p) for group in groups.values() for p in group]
+        assert len(ids) == len(set(ids)) and set(ids) == {id(p) for p in self.parameters()}, "each parameter must be in one group"
+        return groups
+
+    def fused_parts(self) -> dict[nn.Parameter, int | list[int]]:
+        """For matrices that hold several maps in their rows (q, k, v; gate, up): the rows of each, as torch.split takes them."""
+        parts: dict[nn.Parameter, int | list[int]] = {}
+        for block in self.h:
+            parts[block.attn.c_attn.weight] = [heads * self.config.head_dim for heads in block.attn.heads]
+            if block.mlp.gated:
+                parts[block.mlp.c_fc.weight] = self.config.mlp_width
+        return parts
+
+    @torch.inference_mode()
+    def stream(self, idx: Tensor, max_new_tokens: int, generator: torch.Generator | None = None, **sampling) -> Iterator[Tensor]:
+        """Yield max_new_tokens next tokens, each (B,) int64, one after the other.
+
+        idx: (B, T) int64 with T >= 1; of a longer prompt the last block_size tokens count. generator: on the CPU.
+        sampling: the options of `sample_token`. When the context is full, its newer half is kept and read again:
+        with learned or rotary positions, keys and values of a cut-off past can't be kept as they are.
+        """
+        idx = idx[:, -self.config.block_size :]
+        cache = KVCache(self.config, idx.size(0), self.device, self.wte.weight.dtype)
+        step = idx
+        for _ in range(max_new_tokens):
+            if cache.length + step.size(1) > self.config.block_size:
+                step = idx[:, -max(1, self.config.block_size // 2) :]
+                cache.length = 0
+            logits, _ = self(step, kv_cache=cache)
+            token = sample_token(logits[:, -1], generator=generator, **sampling)
+            yield token
+            step = token[:, None].to(idx.device)
+            idx = torch.cat((idx, step), dim=1)[:, -self.config.block_size :]
+
+    def generate(self, idx: Tensor, max_new_tokens: int, **options) -> Tensor:
+        """idx (B, T) followed by max_new_tokens sampled tokens, (B, T + max_new_tokens) int64; options as in `stream`."""
+        tokens = [token.to(idx.device) for token in self.stream(idx, max_new_tokens, **options)]
+        return torch.cat((idx, torch.stack(tokens, dim=1)), dim=1) if tokens else idx
+
+
+def sample_token(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw one token for each row of logits (B, V) -> (B,) int64 on the CPU.
+
+    temperature 0 takes the most probable token. The filters are applied in this order to the probabilities after the temperature:
+    top_k keeps the k most probable tokens; top_p the fewest whose probabilities reach p (Holtzman et al. 2019, nucleus sampling);
+    min_p those with at least min_p times the largest probability (Nguyen et al. 2024).
+    """
+    logits = logits.float().cpu()
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    probs = ((logits - logits.amax(dim=-1, keepdim=True)) / temperature).softmax(dim=-1)
+    if top_k is not None:
+        largest, order = probs.topk(min(top_k, probs.size(-1)), dim=-1)
+        probs = torch.zeros_like(probs).scatter(-1, order, largest)
+    if top_p is not None:
+        ordered, order = probs.sort(dim=-1, descending=True)
+        before = ordered.cumsum(dim=-1) - ordered
+        keep = before < top_p * ordered.sum(dim=-1, keepdim=True)
+        probs = torch.zeros_like(probs).scatter(-1, order, ordered.where(keep, 0.0))
+    if min_p is not None:
+        probs = probs.where(probs >= min_p * probs.amax(dim=-1, keepdim=True), 0.0)
+    return torch.multinomial(probs, 1, generator=generator).squeeze(-1)

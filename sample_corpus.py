@@ -1,0 +1,142 @@
+"""The sample corpus: stories drawn from a small probabilistic grammar, each with its exact probability.
+
+A perfect model would assign every story just that probability, so the grammar tells how low a model's bits per byte can go.
+The grammar's language is described in the file itself, data/sample_grammar.json.
+"""
+
+import json
+import math
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+GRAMMAR_PATH = Path(__file__).resolve().parent / "data" / "sample_grammar.json"
+REFERENCE = re.compile(r"\{([^{}]*)\}")
+
+
+@dataclass(frozen=True, eq=False)
+class Alternative:
+    """One way to expand a rule: its template, its weight, and further templates by name."""
+
+    text: str
+    weight: float
+    texts: dict[str, str]
+
+
+@dataclass(frozen=True)
+class State:
+    """A partly expanded story: what is written, what is still to be expanded (a linked list), what was remembered, log2 P so far."""
+
+    written: str
+    todo: tuple | None
+    bound: dict[str, Alternative] = field(default_factory=dict)
+    log2p: float = 0.0
+
+
+class Grammar:
+    """A probabilistic grammar with memory. A derivation expands the leftmost symbol first.
+
+    Raises ValueError where a template names something that does not exist.
+    """
+
+    def __init__(self, description: dict):
+        self.start: str = description["start"]
+        self.rules: dict[str, list[Alternative]] = {}
+        for name, rule in description["rules"].items():
+            shared = rule["shared"] if isinstance(rule, dict) else {}
+            self.rules[name] = []
+            for alternative in rule["alternatives"] if isinstance(rule, dict) else rule:
+                texts = shared | ({"text": alternative} if isinstance(alternative, str) else alternative)
+                weight = float(texts.get("weight", 1))
+                self.rules[name].append(Alternative(texts["text"], weight, {k: v for k, v in texts.items() if k not in ("text", "weight")}))
+        self.pieces: dict[str, list[str]] = {}  # template -> literal, reference, literal, reference, ..., literal
+
+    def push(self, template: str, todo: tuple | None) -> tuple | None:
+        """`todo` with the pieces of `template` in front: (is a reference, text), rest."""
+        if template not in self.pieces:
+            self.pieces[template] = REFERENCE.split(template)
+        pieces = self.pieces[template]
+        for i in range(len(pieces) - 1, -1, -1):
+            if pieces[i]:
+                todo = ((i % 2 == 1, pieces[i]), todo)
+        return todo
+
+    def to_next_choice(self, state: State) -> tuple[State, list[tuple[Alternative, float]], str | None]:
+        """Write all that is certain; return the state before the next choice, its alternatives with probabilities, the name to remember.
+
+        No alternatives: the story is complete.
+        """
+        written, todo = [state.written], state.todo
+        while todo is not None:
+            (is_reference, text), todo = todo
+            if not is_reference:
+                written.append(text)
+            elif text.startswith("@"):
+                name, _, key = text[1:].partition(".")
+                if name not in state.bound or (key and key not in state.bound[name].texts):
+                    raise ValueError(f"the grammar uses {{{text}}} where nothing of that name was drawn")
+                todo = self.push(state.bound[name].texts[key] if key else state.bound[name].text, todo)
+            else:
+                name, _, rule = text.rpartition(":")
+                rule, *others = rule.split("-")
+                if rule not in self.rules:
+                    raise ValueError(f"the grammar uses {{{text}}}, but has no rule {rule!r}")
+                taken = [state.bound[other] for other in others]
+                left = [a for a in self.rules[rule] if a not in taken]
+                total = sum(a.weight for a in left)
+                choices = [(a, a.weight / total) for a in left]
+                return State("".join(written), todo, state.bound, state.log2p), choices, name or None
+        return State("".join(written), None, state.bound, state.log2p), [], None
+
+    def choose(self, state: State, alternative: Alternative, probability: float, name: str | None) -> State:
+        bound = state.bound | {name: alternative} if name else state.bound
+        return State(state.written, self.push(alternative.text, state.todo), bound, state.log2p + math.log2(probability))
+
+    def initial(self) -> State:
+        return State("", self.push("{" + self.start + "}", None))
+
+    def sample(self, rng: random.Random) -> tuple[str, float]:
+        """One story and the log2 of its probability, its end included. Uses rng.random() only, whose stream Python keeps stable."""
+        state, choices, name = self.to_next_choice(self.initial())
+        while choices:
+            r = rng.random()
+            for alternative, probability in choices:
+                r -= probability
+                if r < 0:
+                    break
+            state, choices, name = self.to_next_choice(self.choose(state, alternative, probability, name))
+        return state.written, state.log2p
+
+    def derivations(self, text: str | None = None) -> Iterator[tuple[str, float]]:
+        """Every derivation of `text` (of any text if None), each as (text, log2 P). For None the grammar must be small."""
+        stack = [self.initial()]
+        while stack:
+            state, choices, name = self.to_next_choice(stack.pop())
+            if text is not None and not text.startswith(state.written):
+                continue
+            if not choices and (text is None or state.written == text):
+                yield state.written, state.log2p
+            stack += [self.choose(state, alternative, probability, name) for alternative, probability in choices]
+
+    def check_unambiguous(self, state: State) -> None:
+        """Raise ValueError if, at the next choice, one alternative's certain beginning is a beginning of another's.
+
+        Where this holds at every choice, a text tells which alternative was taken, so no text has two derivations.
+        """
+        state, choices, name = self.to_next_choice(state)
+        beginnings = sorted(self.to_next_choice(self.choose(state, a, p, name))[0].written for a, p in choices)
+        for first, second in zip(beginnings, beginnings[1:]):
+            if second.startswith(first):
+                raise ValueError(f"two alternatives begin alike: {first[-40:]!r} and {second[-40:]!r}")
+
+
+def load_grammar(path: Path = GRAMMAR_PATH) -> Grammar:
+    return Grammar(json.loads(path.read_text(encoding="utf-8")))
+
+
+def stories(grammar: Grammar, seed: int, split: str, count: int) -> Iterator[tuple[str, float]]:
+    """`count` independent stories of a split, each with its log2 probability; story i is a pure function of (seed, split, i)."""
+    for i in range(count):
+        yield grammar.sample(random.Random(f"{seed}/{split}/{i}"))

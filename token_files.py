@@ -1,0 +1,282 @@
+"""Token files: a data directory's contract on disk, and the order in which training reads it. Doesn't import torch.
+
+A data directory holds train.bin, val.bin, test.bin (raw little-endian uint16 token ids without a header, nanoGPT's format; every
+document ends with EOT), tokenizer.json and meta.json, and for the sample corpus floor.json.
+"""
+
+import functools
+import hashlib
+import json
+import os
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+
+from tokenizers_io import TextTokenizer, load_tokenizer
+from utils import fsync_directory, write_atomically
+
+FORMAT_VERSION = 1
+SPLITS = ("train", "val", "test")
+DTYPE = np.dtype("<u2")
+META = "meta.json"
+FLOOR = "floor.json"
+COMMIT = "commit.json"
+OUR_FILES = (*(f"{split}.bin" for split in SPLITS), "tokenizer.json", FLOOR, META)  # in the order of their renaming
+
+# ---------------------------------------------------------------- writing
+
+
+class DataDirectoryWriter:
+    """Writes a data directory so that a crash at any moment leaves the old one or the new one.
+
+    Files are written as *.new and made durable; then commit.json says that all are complete; then they are renamed, meta.json last.
+    Use as a context manager; leaving it without `commit` discards what was written. Other files in the directory stay untouched.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        directory.mkdir(parents=True, exist_ok=True)
+        finish_commit(directory)
+        for name in OUR_FILES:
+            (directory / f"{name}.new").unlink(missing_ok=True)
+        self.files = {split: open(directory / f"{split}.bin.new", "wb") for split in SPLITS}  # noqa: SIM115
+        self.hashes = {split: hashlib.sha256() for split in SPLITS}
+        self.counts = {split: {"tokens": 0, "documents": 0, "bytes": 0} for split in SPLITS}
+
+    def add(self, split: str, ids: np.ndarray, documents: int, n_bytes: int) -> None:
+        """Append ids (uint16) of `documents` whole documents of n_bytes UTF-8 bytes to a split."""
+        data = ids.astype(DTYPE, copy=False).tobytes()
+        self.files[split].write(data)
+        self.hashes[split].update(data)
+        for key, value in (("tokens", len(ids)), ("documents", documents), ("bytes", n_bytes)):
+            self.counts[split][key] += value
+
+    def commit(self, tokenizer: TextTokenizer, meta: dict, floor: dict[str, list[float]] | None = None) -> dict:
+        """Make what was added the directory's content; returns the whole meta.json. Raises ValueError for an empty split."""
+        empty = [split for split in SPLITS if not self.counts[split]["documents"]]
+        if empty:
+            raise ValueError(
+                f"the {' and '.join(empty)} split would be empty; give more text, or raise --val_fraction and --test_fraction "
+                "(documents are separated by <|endoftext|> or --separator)"
+            )
+        meta = {
+            "format_version": FORMAT_VERSION,
+            "dtype": "uint16",
+            "vocab_size": tokenizer.vocab_size,
+            "eot_id": tokenizer.eot_id,
+            "tokenizer_sha256": tokenizer.sha256,
+            "splits": {split: self.counts[split] | {"sha256": self.hashes[split].hexdigest()} for split in SPLITS},
+        } | meta
+        texts = {"tokenizer.json": tokenizer.json, META: json.dumps(meta, indent=2, ensure_ascii=False) + "\n"}
+        if floor is not None:
+            texts[FLOOR] = json.dumps(floor)
+        for file in self.files.values():
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+        for name, text in texts.items():
+            write_atomically(self.directory / f"{name}.new", lambda file, text=text: file.write(text.encode()))
+        names = [name for name in OUR_FILES if name in texts or name.endswith(".bin")]
+        stale = [name for name in OUR_FILES if name not in names]
+        write_atomically(self.directory / COMMIT, lambda file: file.write(json.dumps({"new": names, "remove": stale}).encode()))
+        finish_commit(self.directory)
+        return meta
+
+    def __enter__(self) -> "DataDirectoryWriter":
+        return self
+
+    def __exit__(self, *_) -> None:
+        for file in self.files.values():
+            file.close()
+        if not (self.directory / COMMIT).exists():
+            for name in OUR_FILES:
+                (self.directory / f"{name}.new").unlink(missing_ok=True)
+
+
+def finish_commit(directory: Path) -> None:
+    """Finish a commit that was begun: rename its new files, remove those it replaces by nothing."""
+    marker = directory / COMMIT
+    if not marker.is_file():
+        return
+    try:
+        plan = json.loads(marker.read_text())
+        new, remove = ([name for name in OUR_FILES if name in plan[key]] for key in ("new", "remove"))
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{marker} is damaged; delete it and prepare the data again") from None
+    for name in remove:
+        (directory / name).unlink(missing_ok=True)
+    for name in new:
+        if (directory / f"{name}.new").exists():
+            os.replace(directory / f"{name}.new", directory / name)
+    fsync_directory(directory)
+    marker.unlink()
+
+
+# ---------------------------------------------------------------- reading
+
+
+class DataDirectory:
+    """A data directory opened for reading.
+
+    path; name: as the user gave it; meta: meta.json, None for a directory that nanoGPT wrote; tokenizer.
+    Raises FileNotFoundError where there is no data, ValueError where files disagree with each other.
+    """
+
+    def __init__(self, path: str | Path, tokenizer: TextTokenizer | None = None):
+        self.path, self.name = Path(path), str(path)
+        if not self.path.is_dir():
+            raise FileNotFoundError(f"no data directory at {path}; make one with: python prepare_data.py --sample --output {path}")
+        finish_commit(self.path)
+        self.meta: dict | None = None
+        if (self.path / META).is_file():
+            self.meta = self._read_meta()
+            self.tokenizer = load_tokenizer(self.path)
+            if self.tokenizer.sha256 != self.meta["tokenizer_sha256"]:
+                raise ValueError(f"{self.path / 'tokenizer.json'} is not the tokenizer that {META} names; prepare the data again")
+        elif not (self.path / "train.bin").is_file() and not (self.path / "val.bin").is_file():
+            raise FileNotFoundError(f"no token files in {path}; make them with prepare_data.py --output {path}")
+        elif tokenizer is None:
+            raise ValueError(f"{path} has no {META}, so its tokenizer is unknown; pass --tokenizer PATH or --tokenizer gpt2")
+        else:
+            self.tokenizer = tokenizer
+
+    def _read_meta(self) -> dict:
+        try:
+            meta = json.loads((self.path / META).read_text(encoding="utf-8"))
+            version = meta["format_version"]
+            complete = meta["tokenizer_sha256"] and all(
+                {"tokens", "documents", "bytes", "sha256"} <= s.keys() for s in meta["splits"].values()
+            )
+        except (ValueError, KeyError, TypeError, AttributeError):
+            complete = version = None
+        if not complete:
+            raise ValueError(f"{self.path / META} is damaged; prepare the data again")
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"{self.path / META} has format version {version}, this program reads {FORMAT_VERSION}; prepare the data again"
+            )
+        return meta
+
+    @functools.lru_cache(maxsize=None)  # noqa: B019 - a handful of directories, open for the whole run
+    def tokens(self, split: str) -> np.ndarray:
+        """All token ids of a split, a read-only memmap (tokens,) uint16. Raises FileNotFoundError, ValueError."""
+        path = self.path / f"{split}.bin"
+        if not path.is_file():
+            raise FileNotFoundError(f"no {path}; prepare the data again, or name a split that is there")
+        size = path.stat().st_size
+        expected = self.meta["splits"][split]["tokens"] * 2 if self.meta and split in self.meta["splits"] else size
+        if size != expected or size % 2:
+            raise ValueError(f"{path} has {size} bytes where {expected + expected % 2} belong; it is damaged, prepare the data again")
+        if size == 0:
+            raise ValueError(f"{path} is empty; prepare the data again with more text")
+        data = np.memmap(path, DTYPE, mode="r")
+        largest = max(int(data[i : i + 2**24].max()) for i in range(0, len(data), 2**24))
+        if largest >= self.tokenizer.vocab_size:
+            raise ValueError(
+                f"{path} holds token id {largest}, but its tokenizer has only {self.tokenizer.vocab_size} ids; prepare it again"
+            )
+        return data
+
+    def floor(self, split: str) -> list[float] | None:
+        """Bits of each document of a sample corpus's split under the grammar that wrote it; None for other data."""
+        path = self.path / FLOOR
+        if self.meta is None or "sample" not in self.meta or not path.is_file():
+            return None
+        return json.loads(path.read_text()).get(split)
+
+    def fingerprint(self) -> dict:
+        """What identifies the data a model was trained on: tokens and SHA-256 per split, or sizes where there is no meta.json."""
+        if self.meta:
+            return {split: f"{s['tokens']} tokens, sha256 {s['sha256']}" for split, s in self.meta["splits"].items()}
+        return {split: f"{path.stat().st_size} bytes" for split in SPLITS if (path := self.path / f"{split}.bin").is_file()}
+
+
+# ---------------------------------------------------------------- the order of the training data
+
+
+@functools.lru_cache(maxsize=8)
+def epoch_starts(seed: int, source: int, epoch: int, n_tokens: int, block_size: int) -> np.ndarray:
+    """Where each window of an epoch starts, (windows,) int64, in the order in which they are read.
+
+    Windows lie block_size apart from an offset drawn per epoch, so that every token is a target at most once per epoch.
+    RandomState's stream is frozen (NEP 19): the order stays the same with every numpy.
+    """
+    rng = np.random.RandomState(np.random.MT19937(np.random.SeedSequence((seed, source, epoch))))
+    n = windows(n_tokens, block_size)
+    offset = rng.randint(min(block_size, n_tokens - n * block_size))
+    return offset + rng.permutation(n) * block_size
+
+
+def windows(n_tokens: int, block_size: int) -> int:
+    """Number of windows in an epoch, the same for every offset."""
+    return max(1, n_tokens // block_size - 1)
+
+
+def assign(index: np.ndarray, weights: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Sample numbers -> (source, sample number within the source), so that each source gets its share to within a sample or two."""
+    rest, total = index.copy(), sum(weights)
+    source, within = np.full(len(index), len(weights) - 1), np.empty_like(index)
+    undecided = np.ones(len(index), bool)
+    for s, weight in enumerate(weights[:-1]):
+        before = rest * weight // total
+        mine = undecided & ((rest + 1) * weight // total > before)
+        source[mine], within[mine] = s, before[mine]
+        undecided &= ~mine
+        rest, total = rest - before, total - weight
+    within[undecided] = rest[undecided]
+    return source, within
+
+
+def parse_weighted(text: str) -> tuple[str, Fraction | None]:
+    """`DIR` or `DIR:0.7` as (directory, weight). Read from the right, so that C:\\x stays a path. Raises ValueError."""
+    directory, colon, weight = text.rpartition(":")
+    if not colon or not directory or not weight or not (weight[0].isdigit() or weight[0] in ".-+"):
+        return text, None
+    try:
+        value = Fraction(weight)
+    except (ValueError, ZeroDivisionError):
+        return text, None
+    if value <= 0:
+        raise ValueError(f"{text!r}: a weight must be above 0; leave the directory out instead")
+    return directory, value
+
+
+class TrainingData:
+    """Windows of the training splits of several directories, in an order that is a pure function of (seed, sample number).
+
+    Without weights one epoch is every window of every directory once; with weights the directories are mixed in those shares.
+    Raises ValueError for different tokenizers, a directory without any whole window, or weights for some directories only.
+    """
+
+    def __init__(self, directories: list[DataDirectory], weights: list[Fraction | None], block_size: int, seed: int):
+        first = directories[0]
+        for other in directories[1:]:
+            if other.tokenizer.sha256 != first.tokenizer.sha256:
+                raise ValueError(f"{first.name} and {other.name} have different tokenizers; prepare both with the same --tokenizer PATH")
+        given = [weight is not None for weight in weights]
+        if any(given) and not all(given):
+            raise ValueError("give a weight to every data directory or to none, e.g. --data_dir a:0.7 b:0.3")
+        self.sources = [directory.tokens("train") for directory in directories]
+        for directory, source in zip(directories, self.sources):
+            if len(source) < block_size + 1:
+                raise ValueError(
+                    f"the train split of {directory.name} has {len(source)} tokens, fewer than block_size + 1 = {block_size + 1}; "
+                    "give more text or a smaller --block_size"
+                )
+        self.windows = [windows(len(source), block_size) for source in self.sources]
+        scale = np.lcm.reduce([weight.denominator for weight in weights if weight is not None] or [1])
+        self.weights = [int(weight * int(scale)) for weight in weights] if all(given) else self.windows
+        self.mixed = all(given)
+        self.block_size, self.seed = block_size, seed
+        self.samples_per_epoch = sum(self.windows)
+
+    def batch(self, first: int, count: int) -> np.ndarray:
+        """Samples first, first + 1, ... as windows of block_size tokens and the one behind them: (count, block_size + 1) uint16."""
+        source, within = assign(np.arange(first, first + count, dtype=np.int64), self.weights)
+        rows = np.empty((count, self.block_size + 1), DTYPE)
+        for row, (s, i) in enumerate(zip(source.tolist(), within.tolist())):
+            epoch, at = divmod(i, self.windows[s])
+            start = epoch_starts(self.seed, s, epoch, len(self.sources[s]), self.block_size)[at]
+            rows[row] = self.sources[s][start : start + self.block_size + 1]
+        return rows
