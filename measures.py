@@ -37,7 +37,7 @@ def strided_windows(n: int, block_size: int, stride: int) -> Iterator[tuple[int,
     first = 0
     while first < n:
         end = min(n, first + (block_size if first == 0 else stride))
-        yield max(0, end - block_size), end, first
+        yield max(0, first + stride - block_size), end, first
         first = end
 
 

@@ -1,0 +1,196 @@
+"""The network against trusted references: transformers, the explicit softmax, its own uncached self."""
+
+import math
+
+import pytest
+import torch
+
+from config import GPTConfig
+from models import GPT, KVCache, sample_token
+from twins import hf_config, to_hf
+
+FAMILIES = {
+    "gpt2": {"arch": "gpt2"},
+    "gpt2 without biases": {"arch": "gpt2", "bias": False},
+    "qwen3": {"arch": "qwen3"},
+    "qwen3 with shared key/value heads": {"arch": "qwen3", "n_kv_head": 2, "rope_theta": 500.0, "n_hidden": 96},
+}
+
+
+def make(family: str = "gpt2", **overrides) -> GPT:
+    torch.manual_seed(0)
+    shape = {"block_size": 24, "vocab_size": 101, "n_layer": 3, "n_head": 4, "n_embd": 32} | FAMILIES[family] | overrides
+    return GPT(GPTConfig(**shape)).eval()
+
+
+def ids(*shape: int, vocab: int = 101) -> torch.Tensor:
+    return torch.randint(vocab, shape, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_those_of_transformers(family):
+    transformers = pytest.importorskip("transformers")
+    model = make(family)
+    for parameter in model.parameters():  # biases and norms too, so that a forgotten one shows
+        torch.nn.init.normal_(parameter, std=0.2, mean=0.1)
+    config = transformers.AutoConfig.for_model(**hf_config(model.config, eot_id=0))
+    twin = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    missing, unexpected = twin.load_state_dict(to_hf(model.config, model.state_dict()), strict=False)
+    assert set(missing) <= {"lm_head.weight"} and not unexpected
+    twin.tie_weights()
+    x = ids(2, 24)
+    with torch.inference_mode():
+        difference = (model(x)[0] - twin(x).logits).abs().max().item()
+    assert difference < 2e-5
+
+
+@pytest.mark.parametrize("shape", ["nano", "mini", "medium"])
+@pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
+def test_initial_loss_is_ln_vocab(shape, arch):
+    """At the real width and vocabulary; layers are cut to two, whose residual scale follows n_layer."""
+    config = getattr(GPTConfig, shape)(arch=arch, n_layer=2, block_size=32)
+    torch.manual_seed(0)
+    model = GPT(config)
+    x = ids(4, 33, vocab=config.vocab_size)
+    with torch.inference_mode():
+        loss = model(x[:, :-1], x[:, 1:])[1].item()
+    assert loss == pytest.approx(math.log(config.vocab_size), rel=0.04)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", ["nano", "mini", "medium"])
+@pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
+def test_initial_loss_is_ln_vocab_at_full_depth(shape, arch):
+    config = getattr(GPTConfig, shape)(arch=arch)
+    torch.manual_seed(0)
+    model = GPT(config)
+    x = ids(1, 65, vocab=config.vocab_size)
+    with torch.inference_mode():
+        loss = model(x[:, :-1], x[:, 1:])[1].item()
+    assert loss == pytest.approx(math.log(config.vocab_size), rel=0.04)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_position_sees_the_future(family):
+    model = make(family)
+    x = ids(1, 24)
+    changed = x.clone()
+    changed[0, 10] = (changed[0, 10] + 1) % 101
+    with torch.inference_mode():
+        before, after = model(x)[0], model(changed)[0]
+    assert torch.equal(before[0, :10], after[0, :10])
+    assert not torch.allclose(before[0, 10], after[0, 10])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flash_equals_explicit_softmax(family):
+    model, explicit = make(family), make(family, flash=False)
+    x, y = ids(2, 24), ids(2, 24)
+    logits, loss = model(x, y)
+    logits_explicit, loss_explicit = explicit(x, y)
+    torch.testing.assert_close(logits, logits_explicit, atol=1e-5, rtol=1e-5)
+    loss.backward()
+    loss_explicit.backward()
+    for ours, theirs in zip(model.parameters(), explicit.parameters()):
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("flash", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cached_equals_uncached(family, flash):
+    model = make(family, flash=flash)
+    x = ids(2, 24)
+    cache = KVCache(model.config, batch_size=2)
+    with torch.inference_mode():
+        whole = model(x)[0]
+        pieces = [model(x[:, start:end], kv_cache=cache)[0] for start, end in ((0, 7), (7, 8), (8, 9), (9, 20), (20, 24))]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="block_size=24"):
+        model(x[:, :1], kv_cache=cache)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_batch_is_overfitted(family):
+    model = make(family).train()
+    x = ids(4, 17)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        loss = model(x[:, :-1], x[:, 1:])[1]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.1
+
+
+def test_ignored_targets_add_nothing():
+    model = make()
+    x, y = ids(1, 8), ids(1, 8)
+    y[0, 4:] = -1
+    assert model(x, y)[1].item() == pytest.approx(model(x[:, :4], y[:, :4])[1].item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_generation_equals_the_uncached_argmax(family):
+    model = make(family)
+    prompt = ids(1, 5)
+    got = model.generate(prompt, 12, temperature=0)
+    expected = prompt
+    with torch.inference_mode():
+        for _ in range(12):
+            expected = torch.cat((expected, model(expected)[0][:, -1:].argmax(-1)), dim=1)
+    assert torch.equal(got, expected)
+
+
+def test_generation_goes_on_past_the_context():
+    model = make("qwen3")
+    long = model.generate(ids(1, 40), 60, temperature=0)
+    assert long.shape == (1, 100)
+    context = long[:, :40][:, -24:]  # the first new token sees the prompt's last block_size tokens
+    with torch.inference_mode():
+        assert long[0, 40] == model(context)[0][0, -1].argmax()
+
+
+def test_parameter_groups_cover_every_parameter_once_and_decay_matrices_only():
+    for family in FAMILIES:
+        for muon in (True, False):
+            model = make(family)
+            groups = model.parameter_groups(muon)
+            assert sum(len(group) for group in groups.values()) == len(list(model.parameters()))
+            assert all(p.dim() == 2 for p in groups["muon"] + groups["decay"]) and all(p.dim() == 1 for p in groups["no_decay"])
+            assert bool(groups["muon"]) == muon
+            assert any(p is model.wte.weight for p in groups["decay"])
+
+
+def test_sizes_of_the_presets():
+    for shape, millions in (("mini", 30), ("tiny", 50), ("small", 100), ("medium", 300)):
+        with torch.device("meta"):
+            model = GPT(getattr(GPTConfig, shape)())
+        assert model.num_parameters() / 1e6 == pytest.approx(millions, rel=0.1), shape
+    assert GPT(GPTConfig.nano()).num_parameters() / 1e6 == pytest.approx(1, rel=0.1)
+
+
+class TestSampling:
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, -2.0]])
+    probabilities = logits.softmax(-1)[0]
+
+    def frequencies(self, n: int = 4000, **options) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        drawn = sample_token(self.logits.expand(n, -1), generator=generator, **options)
+        return torch.bincount(drawn, minlength=5) / n
+
+    def test_plain_sampling_follows_the_softmax(self):
+        torch.testing.assert_close(self.frequencies(), self.probabilities, atol=0.03, rtol=0)
+
+    def test_temperature(self):
+        torch.testing.assert_close(self.frequencies(temperature=2.0), (self.logits[0] / 2).softmax(-1), atol=0.03, rtol=0)
+        assert self.frequencies(temperature=0)[0] == 1
+        assert self.frequencies(temperature=1e-30)[0] == 1
+
+    @pytest.mark.parametrize(("options", "kept"), [({"top_k": 2}, 2), ({"top_k": 99}, 5), ({"top_p": 0.7}, 2), ({"top_p": 0.01}, 1), ({"min_p": 0.1}, 3)])
+    def test_filters_keep_the_most_probable_and_renormalise(self, options, kept):
+        expected = torch.where(torch.arange(5) < kept, self.probabilities, 0.0)
+        torch.testing.assert_close(self.frequencies(**options), expected / expected.sum(), atol=0.03, rtol=0)
+
+    def test_ties_do_not_let_more_than_k_through(self):
+        drawn = sample_token(torch.zeros(500, 5), top_k=2, generator=torch.Generator().manual_seed(0))
+        assert len(drawn.unique()) == 2

@@ -1,0 +1,66 @@
+"""Rules of the house that a reader should be able to trust."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+SOURCES = sorted(ROOT.glob("*.py"))
+SCRIPTS = {"prepare_data", "tokenizer_train", "train", "evaluate", "compare", "export_model", "generate"}
+# A module imports only from those before it; a script, besides, another script whose stage it runs whole.
+ORDER = ["config", "utils", "models", "twins", "optimizers", "sample_corpus", "text_sources", "tokenizers_io", "token_files", "checkpoints_io"]
+ORDER += ["run_log", "measures", "estimates"]
+
+
+def calls(tree: ast.AST):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            owner = ast.unparse(node.func.value) if isinstance(node.func, ast.Attribute) else ""
+            yield owner, name, {keyword.arg: keyword.value for keyword in node.keywords}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_no_code_from_data(path):
+    tree = ast.parse(path.read_text())
+    for owner, name, keywords in calls(tree):
+        if (owner, name) == ("torch", "load"):
+            assert ast.unparse(keywords["weights_only"]) == "True"
+        assert not (owner == "" and name in ("eval", "exec", "compile", "__import__")), name
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names}
+    assert not imported & {"pickle", "cPickle", "dill", "marshal", "shelve"}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_imports_go_down_only(path):
+    ours = {source.stem for source in SOURCES}
+    imported = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module)
+    imported &= ours
+    if path.stem in SCRIPTS:
+        assert imported & SCRIPTS <= {"prepare_data", "export_model"}
+    else:
+        assert imported <= set(ORDER[: ORDER.index(path.stem)])
+
+
+@pytest.mark.parametrize("name", ["token_files", "tokenizers_io", "text_sources", "sample_corpus"])
+def test_preparation_does_not_import_torch(name):
+    import subprocess
+
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {name}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_every_script_has_commands_to_paste_and_help(script):
+    for name in sorted(SCRIPTS):
+        doc = ast.get_docstring(ast.parse(Path(ROOT / f"{name}.py").read_text()))
+        assert 2 <= doc.count(f"python {name}.py") + doc.count("python prepare_data.py --input") <= 5, name
+        out = script(f"{name}.py", "--help").stdout
+        assert doc.splitlines()[0][:30] in " ".join(out.split())

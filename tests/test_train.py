@@ -1,0 +1,375 @@
+"""train.py as a user runs it: the run directory, exact resume, signals, damaged files, and what it refuses."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoints_io as ckpt
+from tests.conftest import ROOT, tiny
+from tokenizers_io import train_bpe
+
+TIMING = {"tokens_per_second"}
+
+
+def lines(run) -> list[dict]:
+    return [{k: v for k, v in line.items() if k not in TIMING} for line in ckpt.read_metrics(run / "metrics.jsonl")]
+
+
+def assert_same_run(a, b):
+    """Weights, optimizer state and metrics lines but for timing, without tolerance."""
+    (path_a, left), (path_b, right) = ckpt.newest_checkpoint(a), ckpt.newest_checkpoint(b)
+    assert path_a.name == path_b.name
+
+    def same(x, y, where):
+        if isinstance(x, torch.Tensor):
+            assert torch.equal(x, y), where
+        elif isinstance(x, dict):
+            assert x.keys() == y.keys(), where
+            for key in x:
+                if key != "metrics":
+                    same(x[key], y[key], f"{where}.{key}")
+        elif isinstance(x, list):
+            assert len(x) == len(y), where
+            for i, pair in enumerate(zip(x, y)):
+                same(*pair, f"{where}[{i}]")
+        else:
+            assert x == y, where
+
+    same(left, right, "checkpoint")
+    assert lines(a) == lines(b)
+
+
+def start(*args) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, args)], stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def wait_for_lines(run, count: int) -> None:
+    deadline = time.time() + 120
+    while time.time() < deadline:
+        if len(ckpt.read_metrics(run / "metrics.jsonl")) >= count:
+            return
+        time.sleep(0.02)
+    raise AssertionError("the training wrote no metrics")
+
+
+def test_a_run_leaves_what_the_contract_says(trained_run):
+    assert {p.name for p in trained_run.iterdir()} >= {"best_model.pt", "step_00000020.pt", "step_00000030.pt", "metrics.jsonl", "config.json", "loss.png"}
+    assert not (trained_run / "step_00000010.pt").exists()  # the newest two are kept
+    metrics = lines(trained_run)
+    train = [line for line in metrics if "loss" in line]
+    val = [line for line in metrics if "val_loss" in line]
+    assert [line["step"] for line in train] == list(range(1, 31)) and [line["step"] for line in val] == [15, 30]
+    assert train[-1]["loss"] < train[0]["loss"] - 1 and train[-1]["tokens"] == 30 * 4 * 2 * 32
+    assert val[-1]["val_bits_per_byte"] < val[0]["val_bits_per_byte"] and 0 < val[-1]["val_accuracy"] < 1
+    best, step = ckpt.load_checkpoint(trained_run / "best_model.pt"), ckpt.load_checkpoint(trained_run / "step_00000030.pt")
+    assert "resume" not in best and step["resume"]["samples_seen"] == 30 * 8
+    assert all(torch.equal(best["model"][k], step["model"][k]) for k in step["model"])
+    assert not any(name.endswith(".tmp") for name in os.listdir(trained_run))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"optimizer": "muon", "dtype": "bfloat16", "dropout": 0.2, "max_steps": 24},
+        {"optimizer": "adamw", "arch": "gpt2", "dropout": 0.1, "block_size": 256, "batch_size": 8, "epochs": 1.8},
+    ],
+    ids=["muon bf16", "adamw fp32 across an epoch"],
+)
+def test_killed_and_resumed_equals_uninterrupted(tmp_path, sample_dir, script, flags):
+    """SIGKILL after a checkpoint, resume, finish: nothing but timing differs."""
+    arguments = tiny(data_dir=sample_dir, eval_interval=5, checkpoint_interval=4, **flags)
+    script("train.py", *arguments, "--out_dir", tmp_path / "whole")
+    process = start(*arguments, "--out_dir", tmp_path / "parts")
+    wait_for_lines(tmp_path / "parts", 8)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert ckpt.step_checkpoints(tmp_path / "parts")
+    assert ckpt.load_checkpoint(ckpt.step_checkpoints(tmp_path / "parts")[0])["step"] < ckpt.newest_checkpoint(tmp_path / "whole")[1]["step"]
+    script("train.py", *arguments, "--out_dir", tmp_path / "parts", "--resume", "auto")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_the_same_command_line_goes_on(tmp_path, sample_dir, script, number, code):
+    arguments = tiny(data_dir=sample_dir, max_steps=60, eval_interval=20, resume="auto")
+    script("train.py", *arguments, "--out_dir", tmp_path / "whole")
+    process = start(*arguments, "--out_dir", tmp_path / "parts")
+    wait_for_lines(tmp_path / "parts", 5)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == code and "everything saved" in stderr
+    stopped_at = ckpt.newest_checkpoint(tmp_path / "parts")[1]["step"]
+    assert 5 <= stopped_at < 60
+    script("train.py", *arguments, "--out_dir", tmp_path / "parts")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_signal_during_an_evaluation_makes_it_up_later(tmp_path, sample_dir):
+    """The evaluation that a signal cut off is done first after the resume, and its line stands where it would have stood."""
+    import train
+    from utils import StopSignal
+
+    arguments = tiny(data_dir=sample_dir, max_steps=10, eval_interval=5, checkpoint_interval=100)
+    assert train.main([*arguments, "--out_dir", str(tmp_path / "whole")]) == 0
+
+    original = train.Run.evaluate
+
+    def interrupted(self, stop: StopSignal) -> bool:
+        if self.progress.step == 5:
+            stop.number = signal.SIGTERM
+        return original(self, stop)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.Run, "evaluate", interrupted)
+        assert train.main([*arguments, "--out_dir", str(tmp_path / "parts")]) == 143
+    assert not any("val_loss" in line for line in lines(tmp_path / "parts"))
+    assert train.main([*arguments, "--out_dir", str(tmp_path / "parts"), "--resume", "auto"]) == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_evaluating_never_changes_the_training(tmp_path, sample_dir, script):
+    arguments = tiny(data_dir=sample_dir, max_steps=12, dropout=0.1, eval_interval=None)
+    script("train.py", *arguments, "--out_dir", tmp_path / "often", "--eval_interval", 2)
+    script("train.py", *arguments, "--out_dir", tmp_path / "never", "--eval_interval", 100)
+    train = [[line for line in lines(tmp_path / name) if "loss" in line] for name in ("often", "never")]
+    assert train[0] == train[1]
+
+
+def test_accumulation_does_not_change_the_gradient(sample_dir):
+    """The same windows in one batch of 8, or in 2 of 4, or 8 of 1."""
+    import train
+    from config import GPTConfig, TrainConfig
+    from models import GPT
+    from token_files import DataDirectory, TrainingData
+
+    data = TrainingData([DataDirectory(sample_dir)], [None], 32, seed=1)
+    gradients = []
+    for batch_size, accumulation in ((8, 1), (4, 2), (1, 8)):
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(block_size=32, vocab_size=512, n_layer=2, n_head=2, n_embd=32))
+        config = TrainConfig(batch_size=batch_size, gradient_accumulation_steps=accumulation, grad_clip=0)
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        kept = {}
+
+        class Keep(torch.optim.SGD):
+            def step(self, closure=None):
+                kept["gradient"] = torch.cat([p.grad.flatten() for p in model.parameters()])  # noqa: B023
+
+        optimizer = Keep(model.parameters(), lr=1.0)
+        optimizer.param_groups[0]["peak_lr"] = 1.0
+        train.training_step(model, model, [optimizer], scaler, data, config, 3, "cpu", torch.float32)
+        gradients.append(kept["gradient"])
+    for other in gradients[1:]:
+        assert (other - gradients[0]).abs().max() <= 1e-5 * gradients[0].abs().max()
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_taken(tmp_path, trained_run, sample_dir, script):
+    run = tmp_path / "run"
+    shutil.copytree(trained_run, run)
+    newest = run / "step_00000030.pt"
+    newest.write_bytes(newest.read_bytes()[:-5000])
+    process = script(*again(run, sample_dir, resume="auto"))
+    assert "step_00000030.pt is damaged" in process.stderr and "resumed" in process.stderr and "at step 20" in process.stderr
+    assert_same_run(run, trained_run)
+
+
+def again(run, sample_dir, **changes) -> tuple:
+    """The command line of `trained_run` for a copy of it."""
+    return "train.py", *tiny(**({"data_dir": sample_dir, "out_dir": run, "max_steps": 30, "eval_interval": 15, "checkpoint_interval": 10} | changes))
+
+
+def test_every_flipped_bit_is_found_or_harmless(tmp_path, trained_run):
+    content, whole = ckpt.load_checkpoint(trained_run / "best_model.pt"), (trained_run / "best_model.pt").read_bytes()
+    rng, path, found = np.random.RandomState(0), tmp_path / "flipped.pt", 0
+    for _ in range(150):
+        damaged = bytearray(whole)
+        damaged[rng.randint(len(whole))] ^= 1 << rng.randint(8)
+        path.write_bytes(damaged)
+        try:
+            loaded = ckpt.load_checkpoint(path)
+        except ValueError as error:
+            assert "flipped.pt" in str(error)
+            found += 1
+            continue
+        assert all(torch.equal(loaded["model"][k], content["model"][k]) for k in content["model"])
+        assert {k: v for k, v in loaded.items() if k != "model"} == {k: v for k, v in content.items() if k != "model"}
+    assert found > 140
+
+
+def test_truncated_and_foreign_files_are_refused(tmp_path, trained_run):
+    whole = (trained_run / "best_model.pt").read_bytes()
+    path = tmp_path / "part.pt"
+    for length in (0, 1, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"part\.pt is damaged"):
+            ckpt.load_checkpoint(path)
+    torch.save({"weights": torch.ones(3)}, path)
+    with pytest.raises(ValueError, match="no checkpoint of this project"):
+        ckpt.load_checkpoint(path)
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path):
+    import pickle
+
+    class Malicious:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "owned"),)
+
+    for name, write in (("torch.pt", lambda p: torch.save({"model": Malicious()}, p)), ("raw.pt", lambda p: p.write_bytes(pickle.dumps(Malicious())))):
+        write(tmp_path / name)
+        with pytest.raises(ValueError, match=name):
+            ckpt.load_checkpoint(tmp_path / name)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_an_occupied_run_directory(tmp_path, trained_run, sample_dir, script):
+    run = tmp_path / "run"
+    shutil.copytree(trained_run, run)
+    before = {p.name: p.read_bytes() for p in run.iterdir()}
+    same = again(run, sample_dir)
+    process = script(*same)
+    assert "finished at step 30" in process.stdout
+    process = script(*same, "--weight_decay", "0.2", code=2)
+    assert "--resume auto" in process.stderr and "--overwrite" in process.stderr
+    process = script(*same, "--weight_decay", "0.2", "--resume", "auto", code=2)
+    assert "weight_decay=0.1, not 0.2" in process.stderr
+    assert {p.name: p.read_bytes() for p in run.iterdir()} == before
+    (run / "notes.txt").write_text("mine")
+    script(*same, "--weight_decay", "0.2", "--overwrite")
+    assert json.loads((run / "config.json").read_text())["train"]["weight_decay"] == 0.2
+    assert (run / "notes.txt").read_text() == "mine" and len(lines(run)) == 32
+
+
+def test_a_finished_run_can_be_made_longer(tmp_path, trained_run, sample_dir, script):
+    run = tmp_path / "run"
+    shutil.copytree(trained_run, run)
+    script(*again(run, sample_dir, max_steps=40, resume="auto"))
+    assert [line["step"] for line in lines(run) if "loss" in line] == list(range(1, 41)) and ckpt.newest_checkpoint(run)[1]["step"] == 40
+
+
+def test_changed_metrics_are_noticed(tmp_path, trained_run, sample_dir, script):
+    run = tmp_path / "run"
+    shutil.copytree(trained_run, run)
+    metrics = run / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"step": 1,', '"step": 2,', 1))
+    (run / "step_00000030.pt").unlink()
+    assert "metrics.jsonl was changed" in script(*again(run, sample_dir, resume="auto"), code=2).stderr
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_poisons_nothing(tmp_path, sample_dir, script):
+    arguments = tiny(data_dir=sample_dir, out_dir=tmp_path / "run", max_steps=40, eval_interval=1, checkpoint_interval=1)
+    process = script("train.py", *arguments, *["--grad_clip", 0, "--muon_learning_rate", 1e30], code=1)
+    assert "the loss is" in process.stderr and "learning rate" in process.stderr
+    best = tmp_path / "run" / "best_model.pt"
+    if best.exists():
+        assert all(torch.isfinite(weight).all() for weight in ckpt.load_checkpoint(best)["model"].values())
+
+
+def test_train_on_a_text_in_one_go(tmp_path, script):
+    """--dataset prepares into the run's own data/, once; a changed text is prepared again, but not under an existing run."""
+    tokenizer = tmp_path / "tok.json"
+    text = "".join(f"{i} little frogs jumped over a log.\n" for i in range(600))
+    tokenizer.write_text(train_bpe([text], 300).json)
+    (tmp_path / "frogs.txt").write_text(text)
+    arguments = tiny(dataset="frogs.txt", tokenizer=tokenizer, epochs=2)
+    process = script("train.py", *arguments, cwd=tmp_path)
+    run = tmp_path / "checkpoints" / "frogs"
+    assert (run / "data" / "meta.json").exists() and (run / "best_model.pt").exists() and "2.0" in process.stderr
+    process = script("train.py", *arguments, cwd=tmp_path)
+    assert "holds frogs.txt already" in process.stderr and "this very run" in process.stdout
+    before = (run / "data" / "train.bin").read_bytes()
+    (tmp_path / "frogs.txt").write_text(text.upper())
+    assert "other data" in script("train.py", *arguments, cwd=tmp_path, code=2).stderr
+    assert (run / "data" / "train.bin").read_bytes() == before
+    script("train.py", *arguments, "--overwrite", cwd=tmp_path)
+    assert (run / "data" / "train.bin").read_bytes() != before
+
+
+def test_default_directories(tmp_path, sample_dir, script):
+    shutil.copytree(sample_dir, tmp_path / "data")
+    shutil.copytree(sample_dir, tmp_path / "stories")
+    script("train.py", *tiny(max_steps=2), cwd=tmp_path)
+    script("train.py", *tiny(max_steps=2, data_dir="stories"), cwd=tmp_path)
+    script("train.py", *tiny(max_steps=2), "--data_dir", "data:0.5", "stories:0.5", cwd=tmp_path)
+    for run in ("checkpoints", "checkpoints/stories", "checkpoints/data+stories"):
+        assert (tmp_path / run / "best_model.pt").is_file()
+
+
+def test_a_directory_of_nanogpt_trains_with_a_given_tokenizer(tmp_path, sample_dir, script):
+    (tmp_path / "shakespeare").mkdir()
+    for split in ("train", "val"):
+        shutil.copy(sample_dir / f"{split}.bin", tmp_path / "shakespeare")
+    arguments = tiny(data_dir="shakespeare", max_steps=2)
+    assert "--tokenizer" in script("train.py", *arguments, cwd=tmp_path, code=2).stderr
+    script("train.py", *arguments, "--tokenizer", sample_dir / "tokenizer.json", cwd=tmp_path)
+    assert (tmp_path / "checkpoints" / "shakespeare" / "best_model.pt").is_file()
+
+
+def test_export_at_the_end(tmp_path, sample_dir, script):
+    script("train.py", *tiny(data_dir=sample_dir, max_steps=2, out_dir=tmp_path / "run", export="onnx"))
+    assert (tmp_path / "run" / "best_model.onnx").is_file() and (tmp_path / "run" / "best_model.pt").is_file()
+
+
+def test_compile(tmp_path, sample_dir, script):
+    """Compiled training runs, says so, and saves the raw module's names."""
+    process = script("train.py", *tiny(data_dir=sample_dir, max_steps=3, out_dir=tmp_path / "run"), "--compile")
+    assert "compile True" in process.stderr
+    assert not any(name.startswith("_orig_mod") for name in ckpt.load_checkpoint(tmp_path / "run" / "best_model.pt")["model"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [
+        (["--preset", "huge"], "unknown preset 'huge'; take one of nano"),
+        (["--data_dir", "nowhere"], "no data directory at nowhere"),
+        (["--n_embd", "100", "--n_head", "6"], "n_embd=100 is not divisible by n_head=6"),
+        (["--block_size", "100000"], "fewer than block_size"),
+        (["--vocab_size", "77"], "vocab_size=77, but the data's tokenizer has 512 ids"),
+        (["--preset", "nano", "--arch", "qwen3", "--bias"], "bias=True"),
+        (["--epochs", "1", "--max_steps", "3"], "--max_steps and --epochs"),
+        (["--resume", "auto", "--overwrite"], "--resume continues"),
+        (["--resume", "nothing.pt"], "no checkpoint at nothing.pt"),
+        (["--export", "word"], "unknown format word"),
+        (["--device", "cuda:7"], "device='cuda:7' is not available"),
+        (["--data_dir", "data:0.5", "data"], "every data directory or to none"),
+        (["--batch_size", "0"], "batch_size=0 must be at least 1"),
+        (["--learnig_rate", "1"], "--learning_rate"),
+        (["--tokenizer", "bpe"], "give the path of their tokenizer.json"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_leave_nothing(tmp_path, sample_dir, mistake, flags, part):
+    shutil.copytree(sample_dir, tmp_path / "data")
+    assert part in mistake("train.py", *flags, cwd=tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["data"]
+
+
+def test_a_missing_package_is_one_sentence(tmp_path, script):
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')\n")
+    for name in ("train.py", "generate.py", "evaluate.py", "export_model.py"):
+        process = script(name, cwd=tmp_path, code=2, PYTHONPATH=str(tmp_path))
+        assert process.stderr == "error: the package 'torch' is not installed; run: pip install -r requirements.txt\n"
+
+
+def test_bare_train_on_a_cpu_warns_and_goes_on(tmp_path, sample_dir):
+    """`small` on a CPU: the estimate, a pasteable line, and then the training itself starts."""
+    shutil.copytree(sample_dir, tmp_path / "data")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "train.py"), "--device", "cpu", "--block_size", "64", "--batch_size", "1"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment)
+    seen = ""
+    for line in process.stderr:
+        seen += line
+        if (tmp_path / "checkpoints" / "metrics.jsonl").exists() or "nano" in line:
+            break
+    process.kill()
+    process.communicate()
+    assert "about" in seen and "python train.py --preset nano --out_dir checkpoints/nano" in seen
