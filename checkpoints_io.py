@@ -4,26 +4,20 @@ A run directory holds best_model.pt (weights only), step_00001000.pt (complete, 
 A .pt file holds tensors and plain Python values only, and carries its tokenizer.
 """
 
-import contextlib
-import dataclasses
-import json
-import os
 import re
-import warnings
 import zipfile
-import zlib
 from pathlib import Path
 
 import torch
 
-from config import GPTConfig, TrainConfig
+from config import GPTConfig
 from models import GPT
+from run_log import METRICS
 from tokenizers_io import TextTokenizer
 from utils import fsync_directory, notice, write_atomically
 
 FORMAT_VERSION = 1
 BEST = "best_model.pt"
-METRICS = "metrics.jsonl"
 REQUIRED = {"format_version", "model_config", "train_config", "tokenizer", "data", "step", "model"}
 
 
@@ -139,92 +133,3 @@ def clear_run(run: Path) -> None:
     for path in step_checkpoints(run):
         path.unlink()
     fsync_directory(run)
-
-
-class MetricsLog:
-    """metrics.jsonl: one JSON object a line, never twice after a resume.
-
-    Each complete checkpoint remembers the file's length and CRC-32 at its moment; `truncate` goes back to it.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.file = open(path, "ab")  # noqa: SIM115
-        self.crc = zlib.crc32(path.read_bytes())
-
-    def write(self, **values) -> None:
-        line = (json.dumps(values) + "\n").encode()
-        self.file.write(line)
-        self.file.flush()
-        self.crc = zlib.crc32(line, self.crc)
-
-    def state(self) -> dict[str, int]:
-        """Length and checksum of all lines so far, which are durable from here on."""
-        os.fsync(self.file.fileno())
-        return {"bytes": self.file.tell(), "crc32": self.crc}
-
-    def truncate(self, state: dict[str, int]) -> None:
-        """Go back to a remembered state. Raises ValueError if the file's beginning is no longer what it was."""
-        beginning = self.path.read_bytes()[: state["bytes"]]
-        if len(beginning) != state["bytes"] or zlib.crc32(beginning) != state["crc32"]:
-            raise ValueError(f"{self.path} was changed since the checkpoint was written; move it away and resume with --overwrite")
-        self.file.truncate(state["bytes"])
-        self.file.seek(0, 2)
-        self.crc = state["crc32"]
-
-    def close(self) -> None:
-        self.file.close()
-
-
-def read_metrics(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl; an unfinished last line is left out."""
-    lines = []
-    with contextlib.suppress(FileNotFoundError):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                lines.append(json.loads(line))
-    return lines
-
-
-def write_config(run: Path, model: GPTConfig, train: TrainConfig, extra: dict) -> None:
-    """config.json: for people, never read back."""
-    content = {"model": dataclasses.asdict(model), "train": dataclasses.asdict(train)} | extra
-    write_atomically(run / "config.json", lambda file: file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()))
-
-
-def plot_losses(run: Path, floor: float | None = None) -> None:
-    """loss.png: training and validation loss in nats per token, the learning rate, and a perfect model's loss where it is known."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    lines = read_metrics(run / METRICS)
-    train = [(line["step"], line["loss"], line["lr_factor"]) for line in lines if "loss" in line]
-    val = [(line["step"], line["val_loss"]) for line in lines if "val_loss" in line]
-    figure, axes = plt.subplots(figsize=(9, 5), dpi=110)
-    if train:
-        steps, losses, rates = zip(*train)
-        axes.plot(steps, losses, color="tab:blue", alpha=0.35, linewidth=1, label="training (one batch)")
-        rate_axes = axes.twinx()
-        rate_axes.plot(steps, rates, color="gray", linewidth=1, linestyle=":")
-        rate_axes.set_ylabel("learning rate / peak (dotted)", color="gray")
-        rate_axes.set_ylim(0, 1.05)
-    if val:
-        axes.plot(*zip(*val), color="tab:orange", marker="o", markersize=4, label="validation")
-    if floor is not None:
-        axes.axhline(floor, color="tab:green", linestyle="--", linewidth=1, label=f"a perfect model ({floor:.3f})")
-    values = sorted([loss for _, loss, _ in train] + [loss for _, loss in val])
-    if values:  # the first steps from ln(vocab) down would flatten the rest
-        low, high = min(values[0], floor or values[0]), values[int(0.97 * (len(values) - 1))]
-        axes.set_ylim(low - 0.05 * (high - low + 0.1), high + 0.1 * (high - low + 0.1))
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats per token)")
-    axes.set_title(run.resolve().name)
-    axes.grid(alpha=0.3)
-    axes.legend(loc="upper right")
-    figure.tight_layout()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a glyph that the font lacks in the title
-        write_atomically(run / "loss.png", lambda file: figure.savefig(file, format="png"))
-    plt.close(figure)

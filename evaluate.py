@@ -119,7 +119,8 @@ def evaluate_directory(args: Arguments, model: GPT, tokenizer: TextTokenizer, na
     data = DataDirectory(name, tokenizer)
     if data.tokenizer.sha256 != tokenizer.sha256:
         raise ValueError(
-            f"{name} was prepared with another tokenizer than the model's; prepare it with --tokenizer PATH of the model's tokenizer.json, or use --text"
+            f"{name} was prepared with another tokenizer than the model's; prepare the text again with --tokenizer PATH, "
+            "where PATH is the tokenizer.json of the model's data directory, or give it to --text"
         )
     results = {}
     for split in dict.fromkeys(args.split):
@@ -135,9 +136,8 @@ def evaluate_directory(args: Arguments, model: GPT, tokenizer: TextTokenizer, na
 def table(results: dict[str, dict[str, dict]]) -> str:
     """The results for people."""
     width = max(len(name) for name in results)
-    lines = [
-        f"{'data':{width}}  split  {'loss':>8} {'perplexity':>10} {'accuracy':>8} {'bits/byte':>9} {'perfect':>8} {'tokens':>12} {'documents':>9}"
-    ]
+    header = f"{'loss':>8} {'perplexity':>10} {'accuracy':>8} {'bits/byte':>9} {'perfect':>8} {'tokens':>12} {'documents':>9}"
+    lines = [f"{'data':{width}}  split  {header}"]
     for name, splits in results.items():
         for split, r in splits.items():
             bits = "-" if r["bits_per_byte"] is None else f"{r['bits_per_byte']:.4f}"

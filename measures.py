@@ -11,7 +11,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from models import GPT
 from token_files import DataDirectory
 from tokenizers_io import TextTokenizer
 

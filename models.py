@@ -6,7 +6,8 @@ qwen3 (Qwen Team 2025, "Qwen3 Technical Report"): rotary positions, RMSNorm, QK-
 Both have an exact twin in `transformers` (GPT2LMHeadModel, Qwen3ForCausalLM). They differ in five places only: positions, norm,
 the norm of queries and keys, the gate of the MLP, and biases.
 
-Letters in shape comments: B batch, T new tokens, S tokens attended to, C n_embd, H query heads, K key/value heads, D head_dim, V vocabulary.
+Letters in shape comments: B batch, T new tokens, S tokens attended to, C n_embd, H query heads, K key/value heads, D head_dim,
+V vocabulary.
 """
 
 import math

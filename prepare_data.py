@@ -141,7 +141,7 @@ class Corpus:
         self.rule = args.split if args.split != "auto" else "position" if few else "hash"
         if args.split == "auto" and few and any(self.fractions):
             notice(
-                f"fewer than {POSITION_BELOW} documents: each is split by position, its end goes to val and test (--split hash keeps them whole)"
+                f"fewer than {POSITION_BELOW} documents: each is split by position, its end for val and test; --split hash keeps them whole"
             )
 
     def undivided(self) -> Iterator[str]:

@@ -102,10 +102,13 @@ class Grammar:
         state, choices, name = self.to_next_choice(self.initial())
         while choices:
             r = rng.random()
-            for alternative, probability in choices:
+            taken = len(choices) - 1  # where rounding leaves a rest
+            for i, (_, probability) in enumerate(choices):
                 r -= probability
                 if r < 0:
+                    taken = i
                     break
+            alternative, probability = choices[taken]
             state, choices, name = self.to_next_choice(self.choose(state, alternative, probability, name))
         return state.written, state.log2p
 

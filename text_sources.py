@@ -101,7 +101,8 @@ def open_dataset(name: str, text_field: str) -> dict[str, HubSplit]:
     except Exception as error:  # datasets passes on the errors of many libraries
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"the dataset {name!r} can't be had ({type(error).__name__}: {reason}); without network use --sample, or --input with your own files"
+            f"the dataset {name!r} can't be had ({type(error).__name__}: {reason}); "
+            "without network use --sample, or --input with your own files"
         ) from None
     if "train" not in splits:
         raise ValueError(f"the dataset {name!r} has no train split, only {', '.join(splits)}; download it and use --input")

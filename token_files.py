@@ -158,7 +158,7 @@ class DataDirectory:
             )
         return meta
 
-    @functools.lru_cache(maxsize=None)  # noqa: B019 - a handful of directories, open for the whole run
+    @functools.cache  # noqa: B019 - a handful of directories, open for the whole run
     def tokens(self, split: str) -> np.ndarray:
         """All token ids of a split, a read-only memmap (tokens,) uint16. Raises FileNotFoundError, ValueError."""
         path = self.path / f"{split}.bin"

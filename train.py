@@ -12,7 +12,6 @@ from utils import (
     StopSignal,
     choose_compile,
     choose_device,
-    choose_precision,
     given_flags,
     needs_packages,
     normalize_flags,
@@ -27,20 +26,21 @@ with needs_packages():
     import math
     import sys
     import time
+    from collections.abc import Callable
     from dataclasses import dataclass, field
     from pathlib import Path
 
     import torch
-    from tqdm import tqdm
 
     import checkpoints_io as ckpt
     import config as settings
     from config import PRESETS, GPTConfig, TrainConfig
-    from measures import Prefix, score_tokens, split_prefix, summarize
+    from estimates import duration, memory_estimate, seconds_per_step
     from models import GPT
-    from optimizers import lr_factor, make_optimizers, set_learning_rates
+    from run_log import METRICS, MetricsLog, plot_losses, write_config
     from token_files import META, DataDirectory, TrainingData, parse_weighted
     from tokenizers_io import KINDS, TextTokenizer, make_tokenizer
+    from trainer import Run
 
 # What may change when a run is resumed; everything else would make it another run.
 CHANGEABLE = {"max_steps", "epochs", "eval_interval", "eval_tokens", "checkpoint_interval", "keep_checkpoints", "log_interval"}
@@ -88,7 +88,7 @@ def read_arguments(argv: list[str] | None) -> tuple[Arguments, set[str]]:
             raise ValueError(f"unknown preset {preset!r}; take one of {', '.join(PRESETS)}")
         make_model, values = PRESETS[preset]
         model, train = make_model(), dataclasses.replace(train, **values)
-        given = given | values.keys() | {f.name for f in dataclasses.fields(GPTConfig)} - {"vocab_size"}
+        given = given | (values.keys() | {f.name for f in dataclasses.fields(GPTConfig)}) - CHANGEABLE - {"vocab_size"}
     arch = flags.get("--arch")
     if arch in ("gpt2", "qwen3") and arch != model.arch:
         model = dataclasses.replace(model, arch=arch, **FAMILY_FIELDS)
@@ -100,7 +100,7 @@ def read_arguments(argv: list[str] | None) -> tuple[Arguments, set[str]]:
     if "max_steps" in given_flags(words) and "epochs" in given:
         raise ValueError("--max_steps and --epochs both set the length of the run; give one of them")
     if "max_steps" in given_flags(words):
-        args = dataclasses.replace(args, train=dataclasses.replace(args.train, epochs=None))
+        args, given = dataclasses.replace(args, train=dataclasses.replace(args.train, epochs=None)), given | {"epochs"}
     return args, given
 
 
@@ -163,14 +163,14 @@ def fit_to_data(args: Arguments, given: set[str], tokenizer: TextTokenizer) -> G
     return dataclasses.replace(args.model, vocab_size=tokenizer.vocab_size)
 
 
-def fix_length(config: TrainConfig, given: set[str], preset: bool, data: TrainingData) -> TrainConfig:
+def fix_length(config: TrainConfig, given: set[str], data: TrainingData) -> TrainConfig:
     """The configuration with epochs turned into steps, and warmup at most a tenth of the run unless it was a flag."""
     max_steps = config.max_steps
     if config.epochs is not None:
         if data.mixed:
             raise ValueError("--epochs has no meaning for weighted directories; give --max_steps")
         max_steps = max(1, math.ceil(config.epochs * data.samples_per_epoch / (config.batch_size * config.gradient_accumulation_steps)))
-    warmup = config.warmup_steps if "warmup_steps" in given and not preset else min(config.warmup_steps, max_steps // 10)
+    warmup = config.warmup_steps if "warmup_steps" in given else min(config.warmup_steps, max_steps // 10)
     return dataclasses.replace(config, max_steps=max_steps, warmup_steps=warmup)
 
 
@@ -191,89 +191,14 @@ def merge_resumed(args: Arguments, given: set[str], content: dict) -> tuple[GPTC
     return merged[0], merged[1]
 
 
-# ---------------------------------------------------------------- one step
-
-
-def step_seed(seed: int, step: int, micro_step: int) -> int:
-    """Seed of dropout: a pure function, so that nothing else that draws random numbers changes a training."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{step}/{micro_step}".encode(), digest_size=8).digest(), "big") >> 1
-
-
-def training_step(model, raw_model: GPT, optimizers, scaler, data: TrainingData, config: TrainConfig, step: int, device: str, dtype):
-    """Optimizer step number `step` (0, 1, ...). model: raw_model or its compiled form.
-
-    Returns mean loss in nats, token accuracy and norm of the gradient before clipping, as tensors on the device.
-    """
-    set_learning_rates(optimizers, lr_factor(step, config))
-    accumulation, kind = config.gradient_accumulation_steps, torch.device(device).type
-    loss_sum, hits = 0.0, 0.0
-    for micro_step in range(accumulation):
-        first = (step * accumulation + micro_step) * config.batch_size
-        rows = torch.from_numpy(data.batch(first, config.batch_size).astype("int64")).to(device, non_blocking=True)  # (B, T + 1)
-        if raw_model.config.dropout:
-            torch.manual_seed(step_seed(config.seed, step, micro_step))
-        with torch.autocast(kind, dtype=dtype, enabled=dtype != torch.float32):
-            logits, loss = model(rows[:, :-1], rows[:, 1:])
-        scaler.scale(loss / accumulation).backward()
-        loss_sum = loss_sum + loss.detach() / accumulation
-        if (step + 1) % config.log_interval == 0:
-            hits = hits + (logits.detach().argmax(dim=-1) == rows[:, 1:]).float().mean() / accumulation
-        del logits
-    for optimizer in optimizers:
-        scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf)
-    for optimizer in optimizers:
-        scaler.step(optimizer)
-    scaler.update()
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
-    return loss_sum, hits, norm
-
-
-# ---------------------------------------------------------------- what is said before the start
-
-
-def memory_estimate(model: GPT, config: TrainConfig, dtype) -> float:
-    """Bytes at the peak of a training step, roughly: weights, gradients and optimizer state in float32, activations and logits."""
-    groups = model.parameter_groups(muon=config.optimizer == "muon")
-    states = 12 * sum(p.numel() for p in groups["muon"]) + 16 * sum(p.numel() for p in groups["decay"] + groups["no_decay"])
-    shape, element = model.config, 4 if dtype == torch.float32 else 2
-    per_token = shape.n_layer * (8 * shape.n_embd + element * (8 * shape.n_embd + 3 * shape.mlp_width)) + shape.vocab_size * (
-        8 + 2 * element
-    )
-    return states + config.batch_size * shape.block_size * per_token
-
-
-def seconds_per_step(model: GPT, data: TrainingData, config: TrainConfig, device: str, dtype) -> float:
-    """Time of an optimizer step without compilation: one small forward and backward pass, timed after a warm-up, scaled to the batch."""
-    rows = min(config.batch_size, max(1, 4096 // model.config.block_size))
-    batch = torch.from_numpy(data.batch(0, rows).astype("int64")).to(device)
-    for _ in range(2):
-        started = time.perf_counter()
-        with torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype != torch.float32):
-            _, loss = model(batch[:, :-1], batch[:, 1:])
-        loss.backward()
-        model.zero_grad(set_to_none=True)
-        if device.startswith("cuda"):
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - started
-    return seconds / rows * config.batch_size * config.gradient_accumulation_steps
-
-
-def duration(seconds: float) -> str:
-    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 1.5 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} seconds"
-
-
 def announce(model: GPT, data: TrainingData, config: TrainConfig, names: list[str], device: str, precision, compiling, start: int) -> None:
     """Print what is about to happen: size, data, length, precision, memory and an honest estimate of the time."""
     shape, tokens = model.config, config.batch_size * config.gradient_accumulation_steps * model.config.block_size
     epochs = config.max_steps * tokens / (data.samples_per_epoch * shape.block_size)
     notice(
         f"model      {shape.arch}, {shape.n_layer} layers x {shape.n_embd}, {shape.n_head} heads, block {shape.block_size}, "
-        f"vocabulary {shape.vocab_size}: {model.num_parameters():,} parameters ({model.num_parameters(embedding=False):,} without embedding)"
+        f"vocabulary {shape.vocab_size}: {model.num_parameters():,} parameters, "
+        f"{model.num_parameters(embedding=False):,} of them besides the token embedding"
     )
     notice(f"data       {' '.join(names)}: {sum(map(len, data.sources)):,} training tokens")
     notice(
@@ -289,168 +214,34 @@ def announce(model: GPT, data: TrainingData, config: TrainConfig, names: list[st
         notice(f"           that is long; for a model in minutes: python train.py --preset nano{directories} --out_dir checkpoints/nano")
 
 
-# ---------------------------------------------------------------- the run
+def find_resumed(args: Arguments, run: Path) -> tuple[Path, dict] | None:
+    """The step checkpoint that --resume asks for; None to start from the beginning. Raises FileNotFoundError, ValueError."""
+    if args.resume is None:
+        return None
+    if args.resume != "auto" and Path(args.resume).is_file():
+        return Path(args.resume), ckpt.load_checkpoint(Path(args.resume))
+    found = ckpt.newest_checkpoint(run if args.resume == "auto" else Path(args.resume))
+    if found is None and args.resume != "auto":
+        raise FileNotFoundError(f"no checkpoint at {args.resume}; give a run directory or a step_*.pt, or start without --resume")
+    return found
 
 
-@dataclass
-class Progress:
-    """Where a run stands; all of it is in each complete checkpoint."""
-
-    step: int = 0
-    best_val_loss: float = math.inf
-    evaluation_due: bool = False  # a signal came before the evaluation that belongs to `step`
-
-
-class Run:
-    """A training in its run directory: the loop, its evaluations and checkpoints."""
-
-    def __init__(self, run: Path, model: GPT, config: TrainConfig, data: TrainingData, directories: list[DataDirectory], device: str):
-        self.directory, self.model, self.config, self.data, self.device = run, model, config, data, device
-        self.names = [directory.name for directory in directories]
-        self.tokenizer = directories[0].tokenizer
-        self.fingerprint = {directory.name: directory.fingerprint() for directory in directories}
-        self.prefix: Prefix = split_prefix(directories[0], "val", config.eval_tokens)
-        self.precision = choose_precision(device, config.dtype)
-        self.dtype = self.precision[0]
-        self.optimizers = make_optimizers(model, config, self.dtype)
-        self.scaler = torch.amp.GradScaler(torch.device(device).type, enabled=self.dtype == torch.float16)
-        self.progress = Progress()
-        self.seconds = 0.0
-        self.last_summary: dict = {}
-
-    def floor(self, per: float) -> float | None:
-        """What a perfect model needs for the validation prefix, in bits divided by `per`."""
-        return None if self.prefix.floor_bits is None else self.prefix.floor_bits / per
-
-    def content(self) -> dict:
-        """What every checkpoint holds."""
-        return {
-            "model_config": dataclasses.asdict(self.model.config),
-            "train_config": dataclasses.asdict(self.config),
-            "tokenizer": self.tokenizer.json,
-            "data": self.fingerprint,
-            "step": self.progress.step,
-            "model": self.model.state_dict(),
-        }
-
-    def save(self) -> None:
-        """Write the complete checkpoint of this step; only then delete old ones."""
-        resume = {
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "scaler": self.scaler.state_dict(),
-            "progress": dataclasses.asdict(self.progress),
-            "samples_seen": self.progress.step * self.config.batch_size * self.config.gradient_accumulation_steps,
-            "metrics": self.metrics.state(),
-            "environment": {
-                "torch": torch.__version__.split("+")[0],
-                "threads": torch.get_num_threads(),
-                "device": self.device.split(":")[0],
-            },
-        }
-        ckpt.save_checkpoint(ckpt.step_path(self.directory, self.progress.step), self.content() | {"resume": resume})
-        ckpt.delete_old_checkpoints(self.directory, self.config.keep_checkpoints)
-
-    def restore(self, path: Path, content: dict) -> None:
-        """Go back to a complete checkpoint. Raises ValueError if it can't be continued."""
-        if "resume" not in content:
-            raise ValueError(f"{path} holds weights only and can't be resumed; give a step_*.pt or the run directory")
-        state = content["resume"]
-        model, _ = ckpt.build_model(content, str(path))
-        self.model.load_state_dict(model.state_dict())
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        self.scaler.load_state_dict(state["scaler"])
-        self.progress = Progress(**state["progress"])
-        here = {"torch": torch.__version__.split("+")[0], "threads": torch.get_num_threads(), "device": self.device.split(":")[0]}
-        changed = [f"{key} {state['environment'][key]} -> {here[key]}" for key in here if state["environment"][key] != here[key]]
-        if changed:
-            notice(f"warning: resumed in another environment ({', '.join(changed)}): the same data, but not bit for bit the same weights")
-        notice(f"resumed {path} at step {self.progress.step}")
-
-    def evaluate(self, stop: StopSignal) -> bool:
-        """Score the validation prefix; log it; keep the best weights. False if a signal came before it was done."""
-        self.model.eval()
-        score = score_tokens(
-            self.model,
-            self.prefix.tokens,
-            self.tokenizer.eot_id,
-            self.model.config.block_size,
-            self.device,
-            batch_size=self.config.batch_size,
-            autocast=self.dtype if self.dtype != torch.float32 else None,
-            stop=lambda: bool(stop),
-        )
-        self.model.train()
-        if score is None:
-            return False
-        summary = self.last_summary = summarize(score, self.prefix.n_bytes)
-        self.metrics.write(step=self.progress.step, **{f"val_{key}": value for key, value in summary.items()})
-        if summary["loss"] < self.progress.best_val_loss:
-            self.progress.best_val_loss = summary["loss"]
-            ckpt.save_checkpoint(self.directory / ckpt.BEST, self.content() | {"val": summary})
-        tqdm.write(f"step {self.progress.step:>6,}  {self.describe(summary)}", file=sys.stderr)
+def claim_directory(args: Arguments, run: Path, same_run: Callable[[dict], bool], max_steps: int) -> bool:
+    """Make sure that a new run may write into its directory. True if that holds the same run, finished. Raises ValueError."""
+    if not ckpt.is_occupied(run):
+        return False
+    if args.overwrite:
+        ckpt.clear_run(run)
+        return False
+    newest = ckpt.newest_checkpoint(run)
+    if newest is not None and same_run(newest[1]) and newest[1]["step"] >= max_steps:
+        print(f"{run} holds this very run, finished at step {newest[1]['step']}")
         return True
-
-    def describe(self, summary: dict) -> str:
-        line = f"val loss {summary['loss']:.4f}, accuracy {summary['accuracy']:.3f}"
-        if summary["bits_per_byte"] is not None:
-            line += f", {summary['bits_per_byte']:.4f} bits/byte"
-            floor = self.floor(self.prefix.n_bytes)
-            line += f" (a perfect model: {floor:.4f})" if floor is not None else ""
-        return line
-
-    def train(self, metrics: "ckpt.MetricsLog", compile_it: bool, stop: StopSignal) -> None:
-        """Train until max_steps or a signal; then the last checkpoint is written. Raises FloatingPointError for a loss that isn't finite."""
-        config, progress, self.metrics = self.config, self.progress, metrics
-        step_model = torch.compile(self.model, dynamic=False) if compile_it else self.model
-        tokens_per_step = config.batch_size * config.gradient_accumulation_steps * self.model.config.block_size
-        bar = tqdm(total=config.max_steps, initial=progress.step, desc="training", unit="step", disable=None)
-        self.model.train()
-        if progress.evaluation_due:
-            progress.evaluation_due = not self.evaluate(stop)
-        while progress.step < config.max_steps and not stop:
-            started = time.perf_counter()
-            loss, hits, norm = training_step(
-                step_model, self.model, self.optimizers, self.scaler, self.data, config, progress.step, self.device, self.dtype
-            )
-            progress.step += 1
-            last = progress.step == config.max_steps
-            evaluating = last or progress.step % config.eval_interval == 0
-            saving = last or progress.step % config.checkpoint_interval == 0
-            logging = progress.step % config.log_interval == 0
-            if (logging or evaluating or saving) and not math.isfinite(loss.item()):
-                raise FloatingPointError(
-                    f"the loss is {loss.item()} at step {progress.step} (learning rate factor {lr_factor(progress.step - 1, config):.3g}); "
-                    "lower --learning_rate and --muon_learning_rate, then continue with --resume auto"
-                )
-            self.seconds += time.perf_counter() - started
-            if logging:
-                rate = config.log_interval * tokens_per_step / max(1e-9, self.seconds)
-                self.seconds = 0.0
-                self.metrics.write(
-                    step=progress.step,
-                    tokens=progress.step * tokens_per_step,
-                    loss=loss.item(),
-                    accuracy=hits.item(),
-                    lr_factor=lr_factor(progress.step - 1, config),
-                    gradient_norm=norm.item(),
-                    tokens_per_second=round(rate),
-                )
-                bar.set_postfix_str(f"loss {loss.item():.3f}, {rate:,.0f} tokens/s", refresh=False)
-            bar.update()
-            if evaluating:
-                progress.evaluation_due = not self.evaluate(stop)
-            if saving:
-                self.save()
-        bar.close()
-        if stop:
-            self.save()
-
-
-def finished_alike(content: dict, model_config: GPTConfig, config: TrainConfig, fingerprint: dict) -> bool:
-    """Whether a run directory's newest checkpoint is the end of this very run."""
-    same = content["model_config"] == dataclasses.asdict(model_config) and content["train_config"] == dataclasses.asdict(config)
-    return same and content["data"] == fingerprint and content["step"] >= config.max_steps
+    best = run / ckpt.BEST
+    if args.resume == "auto" and newest is None and (not best.exists() or same_run(ckpt.load_checkpoint(best))):
+        ckpt.clear_run(run)  # this run, begun, but stopped before its first complete checkpoint
+        return False
+    raise ValueError(f"{run} holds another run; continue it with --resume auto, delete it with --overwrite, or choose another --out_dir")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -460,19 +251,10 @@ def main(argv: list[str] | None = None) -> int:
         import export_model
 
         export_model.check_formats(args.export)
-    directories, weights = open_data(args, given, run_path)
-    model_config = fit_to_data(args, given, directories[0].tokenizer)
-    fingerprint = {directory.name: directory.fingerprint() for directory in directories}
     device = choose_device(args.train.device)
-
-    resumed = None
-    if args.resume is not None:
-        if args.resume == "auto" or Path(args.resume).is_dir():
-            resumed = ckpt.newest_checkpoint(run_path if args.resume == "auto" else Path(args.resume))
-        else:
-            resumed = Path(args.resume), ckpt.load_checkpoint(Path(args.resume))
-        if resumed is None and args.resume != "auto":
-            raise FileNotFoundError(f"no step checkpoint in {args.resume}; start the run without --resume")
+    resumed = find_resumed(args, run_path)
+    directories, weights = open_data(args, given, run_path)
+    fingerprint = {directory.name: directory.fingerprint() for directory in directories}
     if resumed is not None:
         model_config, config = merge_resumed(args, given - {"vocab_size"}, resumed[1])
         if resumed[1]["data"] != fingerprint:
@@ -480,27 +262,18 @@ def main(argv: list[str] | None = None) -> int:
                 f"{resumed[0]} was trained on other data than {' '.join(fingerprint)}; give its --data_dir, or another --out_dir"
             )
     else:
-        config = args.train
+        model_config, config = fit_to_data(args, given, directories[0].tokenizer), args.train
     data = TrainingData(directories, weights, model_config.block_size, config.seed)
-    config = fix_length(config, given, args.preset is not None, data)
+    config = fix_length(config, given, data)
 
-    if resumed is None and ckpt.is_occupied(run_path):
-        if args.overwrite:
-            ckpt.clear_run(run_path)
-        elif args.resume == "auto":
-            ckpt.clear_run(run_path)  # begun, but without any complete checkpoint to continue from
-        else:
-            newest = ckpt.newest_checkpoint(run_path)
-            if newest is not None and finished_alike(newest[1], model_config, config, fingerprint):
-                print(f"{run_path} holds this very run, finished at step {newest[1]['step']}")
-                return 0
-            raise ValueError(
-                f"{run_path} holds another run; continue it with --resume auto, delete it with --overwrite, or choose --out_dir"
-            )
+    def same_run(content: dict) -> bool:
+        same_config = content["model_config"] == dataclasses.asdict(model_config) and content["train_config"] == dataclasses.asdict(config)
+        return same_config and content["data"] == fingerprint
 
+    if resumed is None and claim_directory(args, run_path, same_run, config.max_steps):
+        return 0
     torch.manual_seed(config.seed)
-    if device.startswith("cuda"):
-        torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it
     model = GPT(model_config).to(device)
     run = Run(run_path, model, config, data, directories, device)
     if resumed is not None:
@@ -510,12 +283,12 @@ def main(argv: list[str] | None = None) -> int:
     announce(model, data, config, run.names, device, run.precision, compiling, run.progress.step)
 
     run_path.mkdir(parents=True, exist_ok=True)
-    ckpt.write_config(run_path, model_config, config, {"data": fingerprint, "device": device, "precision": str(run.dtype)})
-    metrics = ckpt.MetricsLog(run_path / ckpt.METRICS)
-    if resumed is not None:
-        metrics.truncate(resumed[1]["resume"]["metrics"])
+    write_config(run_path, model_config, config, {"data": fingerprint, "device": device, "precision": str(run.dtype)})
+    metrics = MetricsLog(run_path / METRICS)
     started = time.perf_counter()
     try:
+        if resumed is not None:
+            metrics.truncate(resumed[1]["resume"]["metrics"])
         with StopSignal() as stop:
             run.train(metrics, compiling[0], stop)
     except FloatingPointError as error:
@@ -523,13 +296,13 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     finally:
         metrics.close()
-    ckpt.plot_losses(run_path, run.floor(len(run.prefix.tokens) / math.log(2)))
+    plot_losses(run_path, run.floor(len(run.prefix.tokens) / math.log(2)))
     if stop:
         notice(f"stopped by signal {stop.number} at step {run.progress.step}, everything saved; continue with --resume auto")
         return 128 + stop.number
     print(f"{run_path}: {run.progress.step} steps in {duration(time.perf_counter() - started)}, {run.describe(run.last_summary)}")
-    if args.export:
-        export_model.export(run_path / ckpt.BEST, args.export, run_path)
+    if args.export and not export_model.export(run_path / ckpt.BEST, args.export, run_path):
+        return 1
     notice(f'next: python generate.py --checkpoint {run_path} --prompt "Once upon a time"')
     return 0
 

@@ -15,7 +15,13 @@ QWEN3_BLOCK = {"ln_1": "input_layernorm", "ln_2": "post_attention_layernorm"}
 
 def hf_config(config: GPTConfig, eot_id: int) -> dict:
     """config.json of the twin. It spells out what transformers would otherwise default to, which is wrong for small models."""
-    common = {"vocab_size": config.vocab_size, "bos_token_id": eot_id, "eos_token_id": eot_id, "tie_word_embeddings": True, "dtype": "float32"}
+    common = {
+        "vocab_size": config.vocab_size,
+        "bos_token_id": eot_id,
+        "eos_token_id": eot_id,
+        "tie_word_embeddings": True,
+        "dtype": "float32",
+    }
     if config.arch == "gpt2":
         return common | {
             "model_type": "gpt2",
@@ -62,7 +68,7 @@ def _to_gpt2(config: GPTConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]
         if weight.dim() == 2 and name.startswith("h."):
             weight = weight.T.contiguous()  # Conv1D stores (in, out)
         result[f"transformer.{name}"] = weight
-    for name in [name for name in result if name.endswith(".weight") and name.count(".") > 2 or name == "transformer.ln_f.weight"]:
+    for name in [name for name in result if name.endswith(".weight") and "wte" not in name and "wpe" not in name]:
         outputs = result[name].size(-1)
         result.setdefault(name.removesuffix("weight") + "bias", torch.zeros(outputs))  # the twin has no switch for biases
     return result

@@ -34,7 +34,14 @@ def test_options_of_the_other_family_are_refused(values, words):
 
 
 def test_train_config_refuses_nonsense():
-    for values in ({"batch_size": 0}, {"learning_rate": 0.0}, {"keep_checkpoints": "none"}, {"optimizer": "sgd"}, {"epochs": -1.0}, {"beta2": 1.0}):
+    for values in (
+        {"batch_size": 0},
+        {"learning_rate": 0.0},
+        {"keep_checkpoints": "none"},
+        {"optimizer": "sgd"},
+        {"epochs": -1.0},
+        {"beta2": 1.0},
+    ):
         with pytest.raises(ValueError, match=next(iter(values))):
             TrainConfig(**values)
 
@@ -59,7 +66,9 @@ def test_edits_of_config_reach_the_saved_run_and_flags_and_presets_override_them
     config = tmp_path / "config.py"
     text = config.read_text()
     edited = text.replace("model_config = ModelConfig.small()", "model_config = ModelConfig(block_size=16, n_layer=1, n_head=2, n_embd=16)")
-    edited = edited.replace("train_config = TrainConfig()", "train_config = TrainConfig(max_steps=2, batch_size=2, weight_decay=0.25, beta1=0.8)")
+    edited = edited.replace(
+        "train_config = TrainConfig()", "train_config = TrainConfig(max_steps=2, batch_size=2, weight_decay=0.25, beta1=0.8)"
+    )
     assert edited.count("n_embd=16") == 1 and edited.count("beta1=0.8") == 1
     config.write_text(edited)
 

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import measures
@@ -104,7 +104,10 @@ def test_the_floor_is_below_every_honest_model_and_a_leak_is_called_one(trained_
     shutil.copytree(sample_dir, leaky)
     floor = json.loads((leaky / "floor.json").read_text())
     (leaky / "floor.json").write_text(json.dumps({split: [bits + 5000 for bits in values] for split, values in floor.items()}))
-    assert "below a perfect model" in script("evaluate.py", "--checkpoint", trained_run, "--data_dir", leaky, "--output", tmp_path / "x", code=1).stderr
+    assert (
+        "below a perfect model"
+        in script("evaluate.py", "--checkpoint", trained_run, "--data_dir", leaky, "--output", tmp_path / "x", code=1).stderr
+    )
 
 
 def test_floor_comparison_is_paired_per_story():

@@ -29,7 +29,7 @@ def test_seeds(trained_run, script):
     first = run(script, trained_run, "--prompt", "Once", "--seed", 3, "--num_samples", 3).stdout
     assert first == run(script, trained_run, "--prompt", "Once", "--seed", 3, "--num_samples", 3).stdout
     samples = first.split("--- ")[1:]
-    assert len(set(sample.split("\n", 1)[1] for sample in samples)) == 3
+    assert len({sample.split("\n", 1)[1] for sample in samples}) == 3
     one = run(script, trained_run, "--prompt", "Once", "--seed", 3).stdout
     assert samples[0].split("\n", 1)[1] == one  # sample i depends on (seed, i) alone
     assert one != run(script, trained_run, "--prompt", "Once", "--seed", 4).stdout
@@ -71,7 +71,9 @@ def test_a_conversation_on_a_terminal(trained_run):
 
     ours, theirs = pty.openpty()
     command = [sys.executable, str(ROOT / "generate.py"), "--checkpoint", str(trained_run), "--max_new_tokens", "5", "--seed", "1"]
-    process = subprocess.Popen(command, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(
+        command, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     os.write(ours, b"Once upon\nOne\n\x04")
     stdout, stderr = process.communicate(timeout=120)
     os.close(ours)
@@ -94,7 +96,10 @@ def test_bytes_that_are_no_text_come_out_as_the_decoder_says(ids):
     assert "".join(decode_stream(BYTE, ids)) == BYTE.decode(ids) == bytes(ids).decode(errors="replace")
 
 
-@given(pieces=st.lists(st.text(alphabet="ab", max_size=4), max_size=8), stops=st.lists(st.text(alphabet="ab", min_size=1, max_size=3), max_size=3))
+@given(
+    pieces=st.lists(st.text(alphabet="ab", max_size=4), max_size=8),
+    stops=st.lists(st.text(alphabet="ab", min_size=1, max_size=3), max_size=3),
+)
 @settings(max_examples=300, deadline=None)
 def test_stopping_equals_cutting_the_whole_text(pieces, stops):
     whole = "".join(pieces)

@@ -186,7 +186,9 @@ class TestSampling:
         assert self.frequencies(temperature=0)[0] == 1
         assert self.frequencies(temperature=1e-30)[0] == 1
 
-    @pytest.mark.parametrize(("options", "kept"), [({"top_k": 2}, 2), ({"top_k": 99}, 5), ({"top_p": 0.7}, 2), ({"top_p": 0.01}, 1), ({"min_p": 0.1}, 3)])
+    @pytest.mark.parametrize(
+        ("options", "kept"), [({"top_k": 2}, 2), ({"top_k": 99}, 5), ({"top_p": 0.7}, 2), ({"top_p": 0.01}, 1), ({"min_p": 0.1}, 3)]
+    )
     def test_filters_keep_the_most_probable_and_renormalise(self, options, kept):
         expected = torch.where(torch.arange(5) < kept, self.probabilities, 0.0)
         torch.testing.assert_close(self.frequencies(**options), expected / expected.sum(), atol=0.03, rtol=0)

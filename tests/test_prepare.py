@@ -32,10 +32,22 @@ def documents(directory, split: str) -> list[str]:
 def test_files_become_splits_that_hold_every_document_once(tmp_path, script):
     write_stories(tmp_path / "data1.txt", STORIES[:130])
     write_stories(tmp_path / "data2.txt", STORIES[130:])
-    process = script("prepare_data.py", "--input", "data1.txt", "data2.txt", "--output", "./data", "--tokenizer", "bpe", "--vocab_size", 400, cwd=tmp_path)
+    process = script(
+        "prepare_data.py",
+        "--input",
+        "data1.txt",
+        "data2.txt",
+        "--output",
+        "./data",
+        "--tokenizer",
+        "bpe",
+        "--vocab_size",
+        400,
+        cwd=tmp_path,
+    )
     assert "400 token ids" in process.stdout
     parts = {split: documents(tmp_path / "data", split) for split in ("train", "val", "test")}
-    assert sorted(sum(parts.values(), [])) == sorted(STORIES)
+    assert sorted(text for part in parts.values() for text in part) == sorted(STORIES)
     assert 3 <= len(parts["val"]) <= 30 and 3 <= len(parts["test"]) <= 30
     meta = json.loads((tmp_path / "data" / "meta.json").read_text())
     assert [source["name"] for source in meta["sources"]] == ["data1.txt", "data2.txt"] and meta["split"]["rule"] == "hash"
@@ -105,7 +117,20 @@ def test_given_splits_are_kept(tmp_path, script):
 def test_the_end_of_text_literal_inside_a_document_is_text(tmp_path, script):
     stories = [*STORIES[:150], f"a story about {EOT} itself"]
     write_stories(tmp_path / "s.txt", stories, separator="\n###\n")
-    script("prepare_data.py", "--input", "s.txt", "--separator", "###", "--output", "data", "--tokenizer", "bpe", "--vocab_size", 300, cwd=tmp_path)
+    script(
+        "prepare_data.py",
+        "--input",
+        "s.txt",
+        "--separator",
+        "###",
+        "--output",
+        "data",
+        "--tokenizer",
+        "bpe",
+        "--vocab_size",
+        300,
+        cwd=tmp_path,
+    )
     data = DataDirectory(tmp_path / "data")
     assert sum(int((data.tokens(split) == data.tokenizer.eot_id).sum()) for split in ("train", "val", "test")) == 151
 
@@ -172,7 +197,14 @@ def test_preparing_again_replaces_and_keeps_foreign_files(tmp_path, script):
     script("prepare_data.py", "--sample", "--sample_stories", 60, "--output", "data", cwd=tmp_path)
     (tmp_path / "data" / "notes.txt").write_text("mine")
     script("prepare_data.py", "--input", "s.txt", "--output", "data", *BYTES, cwd=tmp_path)
-    assert sorted(p.name for p in (tmp_path / "data").iterdir()) == ["meta.json", "notes.txt", "test.bin", "tokenizer.json", "train.bin", "val.bin"]
+    assert sorted(p.name for p in (tmp_path / "data").iterdir()) == [
+        "meta.json",
+        "notes.txt",
+        "test.bin",
+        "tokenizer.json",
+        "train.bin",
+        "val.bin",
+    ]
     assert len(documents(tmp_path / "data", "train")) > 200
 
 
@@ -205,7 +237,18 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(tmp_path, mistake, arg
 
 
 def test_real_stories(real_data, tmp_path, script):
-    script("prepare_data.py", "--input", real_data / "tinystories" / "valid.txt", "--output", "d", "--tokenizer", "bpe", "--vocab_size", 1000, cwd=tmp_path)
+    script(
+        "prepare_data.py",
+        "--input",
+        real_data / "tinystories" / "valid.txt",
+        "--output",
+        "d",
+        "--tokenizer",
+        "bpe",
+        "--vocab_size",
+        1000,
+        cwd=tmp_path,
+    )
     data = DataDirectory(tmp_path / "d")
     assert 3.0 < data.meta["splits"]["val"]["bytes"] / data.meta["splits"]["val"]["tokens"] < 3.4  # 3.16 for a vocabulary of 1k elsewhere
     originals = set((real_data / "tinystories" / "valid.txt").read_text(encoding="utf-8").split(EOT))

@@ -11,8 +11,8 @@ from tests.conftest import ROOT
 SOURCES = sorted(ROOT.glob("*.py"))
 SCRIPTS = {"prepare_data", "tokenizer_train", "train", "evaluate", "compare", "export_model", "generate"}
 # A module imports only from those before it; a script, besides, another script whose stage it runs whole.
-ORDER = ["config", "utils", "models", "twins", "optimizers", "sample_corpus", "text_sources", "tokenizers_io", "token_files", "checkpoints_io"]
-ORDER += ["run_log", "measures", "estimates"]
+ORDER = ["config", "utils", "models", "twins", "optimizers", "sample_corpus", "text_sources", "tokenizers_io", "token_files", "run_log"]
+ORDER += ["checkpoints_io", "measures", "estimates", "trainer"]
 
 
 def calls(tree: ast.AST):

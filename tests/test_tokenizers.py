@@ -74,7 +74,11 @@ def test_loading(tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_text(BPE.json, encoding="utf-8")
     assert load_tokenizer(path).sha256 == load_tokenizer(tmp_path).sha256 == BPE.sha256
-    for content, part in (("{}", "no Hugging Face tokenizer"), (BPE.json.replace(EOT, "<|x|>"), "has no <|endoftext|>"), ("\x00", "no Hugging Face")):
+    for content, part in (
+        ("{}", "no Hugging Face tokenizer"),
+        (BPE.json.replace(EOT, "<|x|>"), "has no <|endoftext|>"),
+        ("\x00", "no Hugging Face"),
+    ):
         path.write_text(content, encoding="utf-8")
         with pytest.raises(ValueError, match=part.replace("|", r"\|")):
             load_tokenizer(path)

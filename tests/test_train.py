@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import checkpoints_io as ckpt
+import run_log
 from tests.conftest import ROOT, tiny
 from tokenizers_io import train_bpe
 
@@ -20,7 +21,7 @@ TIMING = {"tokens_per_second"}
 
 
 def lines(run) -> list[dict]:
-    return [{k: v for k, v in line.items() if k not in TIMING} for line in ckpt.read_metrics(run / "metrics.jsonl")]
+    return [{k: v for k, v in line.items() if k not in TIMING} for line in run_log.read_metrics(run / "metrics.jsonl")]
 
 
 def assert_same_run(a, b):
@@ -55,14 +56,21 @@ def start(*args) -> subprocess.Popen:
 def wait_for_lines(run, count: int) -> None:
     deadline = time.time() + 120
     while time.time() < deadline:
-        if len(ckpt.read_metrics(run / "metrics.jsonl")) >= count:
+        if len(run_log.read_metrics(run / "metrics.jsonl")) >= count:
             return
         time.sleep(0.02)
     raise AssertionError("the training wrote no metrics")
 
 
 def test_a_run_leaves_what_the_contract_says(trained_run):
-    assert {p.name for p in trained_run.iterdir()} >= {"best_model.pt", "step_00000020.pt", "step_00000030.pt", "metrics.jsonl", "config.json", "loss.png"}
+    assert {p.name for p in trained_run.iterdir()} >= {
+        "best_model.pt",
+        "step_00000020.pt",
+        "step_00000030.pt",
+        "metrics.jsonl",
+        "config.json",
+        "loss.png",
+    }
     assert not (trained_run / "step_00000010.pt").exists()  # the newest two are kept
     metrics = lines(trained_run)
     train = [line for line in metrics if "loss" in line]
@@ -93,7 +101,9 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, sample_dir, script, f
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert ckpt.step_checkpoints(tmp_path / "parts")
-    assert ckpt.load_checkpoint(ckpt.step_checkpoints(tmp_path / "parts")[0])["step"] < ckpt.newest_checkpoint(tmp_path / "whole")[1]["step"]
+    assert (
+        ckpt.load_checkpoint(ckpt.step_checkpoints(tmp_path / "parts")[0])["step"] < ckpt.newest_checkpoint(tmp_path / "whole")[1]["step"]
+    )
     script("train.py", *arguments, "--out_dir", tmp_path / "parts", "--resume", "auto")
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
@@ -116,12 +126,13 @@ def test_a_signal_saves_and_the_same_command_line_goes_on(tmp_path, sample_dir, 
 def test_a_signal_during_an_evaluation_makes_it_up_later(tmp_path, sample_dir):
     """The evaluation that a signal cut off is done first after the resume, and its line stands where it would have stood."""
     import train
+    import trainer
     from utils import StopSignal
 
     arguments = tiny(data_dir=sample_dir, max_steps=10, eval_interval=5, checkpoint_interval=100)
     assert train.main([*arguments, "--out_dir", str(tmp_path / "whole")]) == 0
 
-    original = train.Run.evaluate
+    original = trainer.Run.evaluate
 
     def interrupted(self, stop: StopSignal) -> bool:
         if self.progress.step == 5:
@@ -129,7 +140,7 @@ def test_a_signal_during_an_evaluation_makes_it_up_later(tmp_path, sample_dir):
         return original(self, stop)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.Run, "evaluate", interrupted)
+        patch.setattr(trainer.Run, "evaluate", interrupted)
         assert train.main([*arguments, "--out_dir", str(tmp_path / "parts")]) == 143
     assert not any("val_loss" in line for line in lines(tmp_path / "parts"))
     assert train.main([*arguments, "--out_dir", str(tmp_path / "parts"), "--resume", "auto"]) == 0
@@ -146,7 +157,7 @@ def test_evaluating_never_changes_the_training(tmp_path, sample_dir, script):
 
 def test_accumulation_does_not_change_the_gradient(sample_dir):
     """The same windows in one batch of 8, or in 2 of 4, or 8 of 1."""
-    import train
+    import trainer
     from config import GPTConfig, TrainConfig
     from models import GPT
     from token_files import DataDirectory, TrainingData
@@ -166,7 +177,7 @@ def test_accumulation_does_not_change_the_gradient(sample_dir):
 
         optimizer = Keep(model.parameters(), lr=1.0)
         optimizer.param_groups[0]["peak_lr"] = 1.0
-        train.training_step(model, model, [optimizer], scaler, data, config, 3, "cpu", torch.float32)
+        trainer.training_step(model, model, [optimizer], scaler, data, config, 3, "cpu", torch.float32)
         gradients.append(kept["gradient"])
     for other in gradients[1:]:
         assert (other - gradients[0]).abs().max() <= 1e-5 * gradients[0].abs().max()
@@ -184,7 +195,9 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_taken(tmp_path,
 
 def again(run, sample_dir, **changes) -> tuple:
     """The command line of `trained_run` for a copy of it."""
-    return "train.py", *tiny(**({"data_dir": sample_dir, "out_dir": run, "max_steps": 30, "eval_interval": 15, "checkpoint_interval": 10} | changes))
+    return "train.py", *tiny(
+        **({"data_dir": sample_dir, "out_dir": run, "max_steps": 30, "eval_interval": 15, "checkpoint_interval": 10} | changes)
+    )
 
 
 def test_every_flipped_bit_is_found_or_harmless(tmp_path, trained_run):
@@ -224,7 +237,10 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "owned"),)
 
-    for name, write in (("torch.pt", lambda p: torch.save({"model": Malicious()}, p)), ("raw.pt", lambda p: p.write_bytes(pickle.dumps(Malicious())))):
+    for name, write in (
+        ("torch.pt", lambda p: torch.save({"model": Malicious()}, p)),
+        ("raw.pt", lambda p: p.write_bytes(pickle.dumps(Malicious()))),
+    ):
         write(tmp_path / name)
         with pytest.raises(ValueError, match=name):
             ckpt.load_checkpoint(tmp_path / name)

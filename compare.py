@@ -1,0 +1,137 @@
+"""Several runs -> which data (or model) is better, and how sure that is.
+
+    python compare.py checkpoints/data_v1 checkpoints/data_v2 --data_dir ./data_v1 ./data_v2
+    python compare.py checkpoints/*/best_model.pt --data_dir ./data --split val
+
+Each run reads the same documents with its own tokenizer; bits per byte make them comparable whatever the tokenizers are. Differences are
+paired per document, which takes most of the chance out of them. They compare these models: for a claim about datasets, train several seeds.
+"""
+
+from utils import choose_device, needs_packages, notice, read_command_line, run_script, write_atomically
+
+with needs_packages():
+    import json
+    import math
+    from dataclasses import dataclass
+    from pathlib import Path
+
+    import numpy as np
+    import tyro
+    from tqdm import tqdm
+
+    from checkpoints_io import load_model
+    from measures import score_tokens, why_no_bits_per_byte
+    from token_files import DTYPE, SPLITS, DataDirectory
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Flags of compare.py."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    """Runs, as evaluate.py --checkpoint takes them; two or more."""
+    data_dir: tuple[str, ...] = ("./data",)
+    """Data directories whose documents are read."""
+    split: str = "test"
+    """Split of each data directory."""
+    max_documents: int | None = None
+    """Read only this many documents of each split, from its beginning."""
+    batch_size: int = 32
+    """Windows in one forward pass; does not change the results."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+    output: str | None = None
+    """JSON file for the results."""
+
+    def __post_init__(self):
+        problems = []
+        if len(self.runs) < 2:
+            problems.append("give two or more runs to compare")
+        if len(set(self.runs)) < len(self.runs) or len(set(self.data_dir)) < len(self.data_dir):
+            problems.append("a run or data directory is named twice; name each once")
+        if self.split not in SPLITS:
+            problems.append(f"split={self.split!r} is unknown; take {', '.join(SPLITS)}")
+        if self.batch_size < 1 or (self.max_documents is not None and self.max_documents < 1):
+            problems.append("batch_size and max_documents must be at least 1")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+
+def read_documents(name: str, split: str, limit: int | None) -> list[str]:
+    """The documents of a split as text. Raises ValueError where its tokenizer can't give them back."""
+    data = DataDirectory(name)
+    tokens = np.asarray(data.tokens(split))
+    reason = why_no_bits_per_byte(data.tokenizer, tokens)
+    if reason:
+        raise ValueError(f"{name} can't be compared on: {reason}; prepare it with a byte-level tokenizer, e.g. --tokenizer bpe")
+    ends = np.flatnonzero(tokens == data.tokenizer.eot_id)[:limit]
+    return [data.tokenizer.decode(tokens[start:end].tolist()) for start, end in zip([0, *(ends[:-1] + 1)], ends)]
+
+
+def document_bits(run: str, texts: list[str], device: str, batch_size: int) -> np.ndarray:
+    """Bits that a run needs for each document, its end included, (documents,) float64. Raises ValueError for a lossy tokenizer."""
+    model, tokenizer, path, _ = load_model(run, device)
+    encoded = [[*tokenizer.encode(text), tokenizer.eot_id] for text in texts]
+    tokens = np.array([i for ids in encoded for i in ids], DTYPE)
+    reason = why_no_bits_per_byte(tokenizer, tokens)
+    if reason:
+        raise ValueError(f"{path} can't be compared: {reason}; train it with a byte-level tokenizer")
+    with tqdm(total=len(tokens), desc=run, unit="token", unit_scale=True, disable=None, leave=False) as bar:
+        score = score_tokens(model, tokens, tokenizer.eot_id, model.config.block_size, device, batch_size, progress=bar.update)
+    return score.per_document(tokens, tokenizer.eot_id) / math.log(2)
+
+
+def paired_difference(bits: np.ndarray, other: np.ndarray, n_bytes: np.ndarray) -> tuple[float, float]:
+    """Difference of two models' bits per byte over the same documents, and its standard error.
+
+    All (documents,). The error is that of a ratio of sums over documents (Cochran 1977, "Sampling Techniques", chapter 6);
+    NaN for fewer than two documents.
+    """
+    difference = bits - other
+    ratio = difference.sum() / n_bytes.sum()
+    if len(bits) < 2:
+        return float(ratio), math.nan
+    residual = difference - ratio * n_bytes
+    return float(ratio), float(math.sqrt(len(bits)) * residual.std(ddof=1) / n_bytes.sum())
+
+
+def verdict(difference: float, error: float) -> str:
+    if math.isnan(error):
+        return "one document says nothing about chance"
+    if abs(difference) < 2 * error:
+        return "no clear difference"
+    return f"{abs(difference) / error if error else math.inf:.0f} standard errors"
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = read_command_line(Arguments, argv, __doc__)
+    device, results = choose_device(args.device), {}
+    for name in args.data_dir:
+        texts = read_documents(name, args.split, args.max_documents)
+        n_bytes = np.array([len(text.encode()) for text in texts], float)
+        bits = {run: document_bits(run, texts, device, args.batch_size) for run in args.runs}
+        ranked = sorted(args.runs, key=lambda run: bits[run].sum())
+        width = max(map(len, args.runs))
+        print(f"{name} {args.split}: {len(texts):,} documents, {int(n_bytes.sum()):,} bytes")
+        results[name] = {}
+        for run in ranked:
+            per_byte = float(bits[run].sum() / n_bytes.sum())
+            difference, error = paired_difference(bits[run], bits[ranked[0]], n_bytes)
+            line = f"  {run:{width}}  {per_byte:.4f} bits/byte"
+            if run != ranked[0]:
+                line += f"  +{difference:.4f} ± {error:.4f}  ({verdict(difference, error)})"
+            print(line)
+            results[name][run] = {
+                "bits_per_byte": per_byte,
+                "above_best": difference,
+                "standard_error": None if math.isnan(error) else error,
+            }
+    if args.output:
+        output = Path(args.output)
+        write_atomically(output, lambda file: file.write((json.dumps(results, indent=2) + "\n").encode()))
+        notice(f"written to {output}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)
