@@ -96,7 +96,7 @@ class GPTConfig:
     @classmethod
     def nano(cls, **overrides) -> "GPTConfig":
         """About 1M parameters with a vocabulary of its own: minutes on a laptop's CPU. Family chosen by measurement (MEASUREMENTS.md)."""
-        return cls(**{"block_size": 512, "vocab_size": 1500, "n_layer": 4, "n_head": 4, "n_embd": 128, "arch": "qwen3"} | overrides)
+        return cls(**{"block_size": 512, "vocab_size": 1500, "n_layer": 4, "n_head": 2, "n_embd": 128, "arch": "qwen3"} | overrides)
 
     @classmethod
     def mini(cls, **overrides) -> "GPTConfig":
@@ -203,13 +203,14 @@ PRESETS = {
     "nano": (
         GPTConfig.nano,
         {
-            "batch_size": 4,
+            "batch_size": 2,
             "gradient_accumulation_steps": 1,
-            "max_steps": 1200,
-            "learning_rate": 5e-3,
+            "max_steps": 2800,
+            "learning_rate": 3e-3,
+            "muon_learning_rate": 0.01,
             "lr_schedule": "linear",
             "final_lr_fraction": 0.0,
-            "eval_interval": 200,
+            "eval_interval": 400,
             "eval_tokens": 50_000,
             "checkpoint_interval": 400,
         },
