@@ -23,7 +23,10 @@ REQUIRED = {"format_version", "model_config", "train_config", "tokenizer", "data
 
 def save_checkpoint(path: Path, content: dict) -> None:
     """Write a checkpoint atomically and durably. Raises OSError; then a checkpoint of that name is what it was before."""
-    write_atomically(path, lambda file: torch.save({"format_version": FORMAT_VERSION} | content, file))
+    try:
+        write_atomically(path, lambda file: torch.save({"format_version": FORMAT_VERSION} | content, file))
+    except RuntimeError as error:  # torch's own writer hides the system's reason
+        raise OSError(f"{path} could not be written; is the disk full? ({' '.join(str(error).split())[:100]})") from None
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -114,10 +117,18 @@ def newest_checkpoint(run: Path) -> tuple[Path, dict] | None:
     return None
 
 
-def delete_old_checkpoints(run: Path, keep: str) -> None:
+def is_whole(path: Path) -> bool:
+    try:
+        load_checkpoint(path)
+    except ValueError:
+        return False
+    return True
+
+
+def delete_old_checkpoints(run: Path, keep: int | str) -> None:
     """Keep the newest `keep` step checkpoints (a number, or "all")."""
     if keep != "all":
-        for path in step_checkpoints(run)[int(keep) :]:
+        for path in step_checkpoints(run)[keep:]:
             path.unlink()
 
 

@@ -98,9 +98,9 @@ def paired_difference(bits: np.ndarray, other: np.ndarray, n_bytes: np.ndarray) 
 def verdict(difference: float, error: float) -> str:
     if math.isnan(error):
         return "one document says nothing about chance"
-    if abs(difference) < 2 * error:
+    if abs(difference) <= 2 * error:
         return "no clear difference"
-    return f"{abs(difference) / error if error else math.inf:.0f} standard errors"
+    return f"{abs(difference) / error:.0f} standard errors" if error else "in every document alike"
 
 
 def main(argv: list[str] | None = None) -> int:

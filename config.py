@@ -7,7 +7,10 @@ To run an experiment, change `model_config` or `train_config` at the end of this
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from math import isfinite
+from typing import Literal, get_args
+
+Arch = Literal["gpt2", "qwen3"]
 
 
 def _check(problems: list[str], owner: str) -> None:
@@ -34,7 +37,7 @@ class GPTConfig:
     """Probability of dropping an activation in training. 0 is best while the model sees its data only a few times."""
     bias: bool | None = None
     """Biases in linears and norms. None: the family's own (gpt2 True; qwen3 has none and refuses True)."""
-    arch: Literal["gpt2", "qwen3"] = "gpt2"
+    arch: Arch = "gpt2"
     """Family: gpt2 (learned positions, LayerNorm, GELU) or qwen3 (rotary positions, RMSNorm, QK-norm, SwiGLU)."""
     flash: bool = True
     """Fused attention kernel; False runs the explicit masked softmax, the readable reference."""
@@ -51,8 +54,8 @@ class GPTConfig:
             for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_kv_head", "n_hidden")
             if getattr(self, name) is not None and getattr(self, name) < 1
         ]
-        if self.arch not in ("gpt2", "qwen3"):
-            problems.append(f"arch={self.arch!r} is unknown; take gpt2 or qwen3")
+        if self.arch not in get_args(Arch):
+            problems.append(f"arch={self.arch!r} is unknown; take one of {', '.join(get_args(Arch))}")
         if not 0.0 <= self.dropout < 1.0:
             problems.append(f"dropout={self.dropout} must be at least 0 and below 1")
         if self.n_head >= 1 and self.n_embd % self.n_head:
@@ -160,7 +163,7 @@ class TrainConfig:
     """Length of the fixed beginning of the validation split that is evaluated while training."""
     checkpoint_interval: int = 1000
     """Steps between two complete, resumable checkpoints; the last step always writes one."""
-    keep_checkpoints: str = "2"
+    keep_checkpoints: int | Literal["all"] = 2
     """How many of the newest step checkpoints to keep: a number, or all."""
     log_interval: int = 10
     """Steps between two lines of metrics.jsonl."""
@@ -177,13 +180,14 @@ class TrainConfig:
         at_least = {"batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": 1, "warmup_steps": 0, "eval_interval": 1}
         at_least |= {"eval_tokens": 1, "checkpoint_interval": 1, "log_interval": 1, "grad_clip": 0, "weight_decay": 0, "seed": 0}
         problems = [f"{k}={getattr(self, k)} must be at least {v}" for k, v in at_least.items() if getattr(self, k) < v]
-        problems += [f"{k}={getattr(self, k)} must be above 0" for k in ("learning_rate", "muon_learning_rate") if getattr(self, k) <= 0]
+        rates = ("learning_rate", "muon_learning_rate")
+        problems += [f"{k}={getattr(self, k)} must be a number above 0" for k in rates if not 0 < getattr(self, k) < float("inf")]
         problems += [f"{k}={getattr(self, k)} must be at least 0 and below 1" for k in ("beta1", "beta2") if not 0 <= getattr(self, k) < 1]
-        if self.epochs is not None and self.epochs <= 0:
-            problems.append(f"epochs={self.epochs} must be above 0")
+        if self.epochs is not None and not (self.epochs > 0 and isfinite(self.epochs)):
+            problems.append(f"epochs={self.epochs} must be a number above 0")
         if not 0 <= self.final_lr_fraction <= 1:
             problems.append(f"final_lr_fraction={self.final_lr_fraction} must be between 0 and 1")
-        if self.keep_checkpoints != "all" and not (self.keep_checkpoints.isdecimal() and int(self.keep_checkpoints) >= 1):
+        if self.keep_checkpoints != "all" and not (isinstance(self.keep_checkpoints, int) and self.keep_checkpoints >= 1):
             problems.append(f"keep_checkpoints={self.keep_checkpoints!r} must be a number of at least 1, or all")
         for name, choices in {
             "optimizer": ("adamw", "muon"),
@@ -221,6 +225,6 @@ PRESETS = {
     "medium": (GPTConfig.medium, {"learning_rate": 3e-4}),
 }
 
-# The two lines to edit for an experiment, e.g. ModelConfig.tiny(block_size=256) and TrainConfig(learning_rate=1e-3, dropout=0.1).
+# The two lines to edit for an experiment, e.g. ModelConfig.tiny(block_size=256, dropout=0.1) and TrainConfig(learning_rate=1e-3).
 model_config = ModelConfig.small()
 train_config = TrainConfig()

@@ -54,6 +54,8 @@ class Arguments:
 
     def __post_init__(self):
         problems = [f"split={s!r} is unknown; take {', '.join(SPLITS)}" for s in self.split if s not in SPLITS]
+        if not self.split:
+            problems.append(f"--split needs a value; take {', '.join(SPLITS)}")
         if self.batch_size < 1:
             problems.append(f"batch_size={self.batch_size} must be at least 1")
         if self.stride is not None and self.stride < 1:
@@ -78,10 +80,10 @@ def text_tokens(name: str, separator: str, tokenizer: TextTokenizer) -> tuple[np
 def compare_with_floor(score: Score, tokens: np.ndarray, eot_id: int, floor: list[float], n_bytes: int) -> dict:
     """How far a model is above a perfect one on the sample corpus, paired per story.
 
-    Returns floor_bits_per_byte, and above_floor_bits_per_story with its standard error.
+    Returns floor_bits_per_byte, and above_floor_bits_per_story with its standard error (None for a single story).
     """
     above = score.per_document(tokens, eot_id) / math.log(2) - np.array(floor)
-    error = float(above.std(ddof=1) / math.sqrt(len(above))) if len(above) > 1 else math.inf
+    error = float(above.std(ddof=1) / math.sqrt(len(above))) if len(above) > 1 else None
     return {
         "floor_bits_per_byte": sum(floor) / n_bytes,
         "above_floor_bits_per_story": float(above.mean()),
@@ -165,10 +167,11 @@ def main(argv: list[str] | None = None) -> int:
         for split, r in splits.items():
             if "bits_per_byte_reason" in r:
                 notice(f"{name} {split}: no bits per byte, {r['bits_per_byte_reason']}")
-            if r.get("above_floor_bits_per_story", 0.0) < -LEAK_STANDARD_ERRORS * r.get("above_floor_standard_error", 0.0):
+            error = r.get("above_floor_standard_error")
+            if error is not None and r["above_floor_bits_per_story"] < -LEAK_STANDARD_ERRORS * error:
                 notice(
                     f"error: {name} {split}: {-r['above_floor_bits_per_story']:.3f} bits a story below a perfect model "
-                    f"(standard error {r['above_floor_standard_error']:.3f}): the model has seen these stories, or something is wrong"
+                    f"(standard error {error:.3f}): the model has seen these stories, or something is wrong"
                 )
                 status = 1
     return status

@@ -1,10 +1,11 @@
 """Checkpoint -> files that run elsewhere. Each is loaded back and compared with the model before it gets its name.
 
     python export_model.py --format onnx torchscript
-    python export_model.py --checkpoint checkpoints/stories --format onnx --output ./exported
+    python export_model.py --checkpoint checkpoints/stories --format hf --output ./exported
 
 onnx         best_model.onnx: one file, input_ids (batch, length) int64 -> logits (batch, length, vocabulary) float32, any batch and length
 torchscript  best_model.ts.pt: the same function for torch.jit.load, in Python or C++ without this repository
+hf           hf/: a folder for transformers (AutoModelForCausalLM, AutoTokenizer) and all that reads its GPT-2 and Qwen3
 """
 
 from utils import needs_packages, notice, read_command_line, run_script
@@ -12,8 +13,10 @@ from utils import needs_packages, notice, read_command_line, run_script
 with needs_packages():
     import contextlib
     import io
+    import json
     import logging
     import os
+    import shutil
     import warnings
     from collections.abc import Callable, Iterable
     from dataclasses import dataclass
@@ -25,6 +28,8 @@ with needs_packages():
 
     from checkpoints_io import load_model
     from models import GPT
+    from tokenizers_io import EOT, TextTokenizer
+    from twins import hf_config, to_hf
     from utils import fsync_directory
 
 TOLERANCE = 1e-4  # largest difference of a logit that still counts as the same model
@@ -35,7 +40,7 @@ class Arguments:
     """Flags of export_model.py."""
 
     format: tuple[str, ...]
-    """onnx, torchscript."""
+    """onnx, torchscript, hf."""
     checkpoint: str = "./checkpoints"
     """A .pt file, a run directory (its best model), or the name of one under ./checkpoints."""
     output: str | None = None
@@ -56,7 +61,7 @@ class LogitsOnly(nn.Module):
         return self.model(input_ids)[0]
 
 
-def write_torchscript(model: GPT, path: Path) -> Callable[[np.ndarray], np.ndarray]:
+def write_torchscript(model: GPT, tokenizer: TextTokenizer, path: Path) -> Callable[[np.ndarray], np.ndarray]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit is deprecated in favour of torch.export, and tracing asks to mind the length
         traced = torch.jit.trace(LogitsOnly(model), example_ids(model, 2, model.config.block_size // 2 + 1), check_trace=False)
@@ -70,7 +75,7 @@ def write_torchscript(model: GPT, path: Path) -> Callable[[np.ndarray], np.ndarr
     return run
 
 
-def write_onnx(model: GPT, path: Path) -> Callable[[np.ndarray], np.ndarray]:
+def write_onnx(model: GPT, tokenizer: TextTokenizer, path: Path) -> Callable[[np.ndarray], np.ndarray]:
     import onnxruntime
 
     length = torch.export.Dim("length", max=model.config.block_size)
@@ -91,8 +96,43 @@ def write_onnx(model: GPT, path: Path) -> Callable[[np.ndarray], np.ndarray]:
     return lambda ids: session.run(["logits"], {"input_ids": ids})[0]
 
 
-# format -> end of the file's name, what writes it and returns the loaded function
-FORMATS: dict[str, tuple[str, Callable]] = {"onnx": (".onnx", write_onnx), "torchscript": (".ts.pt", write_torchscript)}
+def write_hf(model: GPT, tokenizer: TextTokenizer, path: Path) -> Callable[[np.ndarray], np.ndarray]:
+    """A transformers folder. Raises ValueError where transformers isn't installed to read it back."""
+    from safetensors.torch import save_file
+
+    try:
+        import transformers
+    except ModuleNotFoundError:
+        raise ValueError("format hf is checked with transformers, which is not installed; run: pip install transformers") from None
+    path.mkdir(exist_ok=True)
+    config = hf_config(model.config, tokenizer.eot_id)
+    # the class's name that transformers 4 and 5 both know; v5 itself would write one that v4 doesn't
+    of_tokenizer = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": EOT,
+        "bos_token": EOT,
+        "model_max_length": model.config.block_size,
+    }
+    of_generation = {"bos_token_id": tokenizer.eot_id, "eos_token_id": tokenizer.eot_id}
+    for name, content in (("config", config), ("tokenizer_config", of_tokenizer), ("generation_config", of_generation)):
+        (path / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    (path / "tokenizer.json").write_text(tokenizer.json, encoding="utf-8")
+    save_file(to_hf(model.config, model.state_dict()), path / "model.safetensors", metadata={"format": "pt"})
+    twin = transformers.AutoModelForCausalLM.from_pretrained(path, local_files_only=True).eval()
+
+    def run(ids: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return twin(torch.from_numpy(ids)).logits.numpy()
+
+    return run
+
+
+# format -> name of the file (a beginning "." stands for the checkpoint's name), what writes it and returns the loaded function
+FORMATS: dict[str, tuple[str, Callable]] = {
+    "onnx": (".onnx", write_onnx),
+    "torchscript": (".ts.pt", write_torchscript),
+    "hf": ("hf", write_hf),
+}
 
 
 def check_formats(formats: Iterable[str]) -> None:
@@ -118,27 +158,38 @@ def largest_difference(model: GPT, run: Callable[[np.ndarray], np.ndarray]) -> f
     return worst
 
 
+def remove(path: Path) -> None:
+    """Delete a file or folder if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def export(checkpoint: str | Path, formats: Iterable[str], output: Path | None) -> bool:
     """Write the formats beside the checkpoint or into `output`; True if all of them compute what the model computes."""
-    model, _, path, _ = load_model(str(checkpoint))
+    model, tokenizer, path, _ = load_model(str(checkpoint))
     output = output or path.parent
     output.mkdir(parents=True, exist_ok=True)
     good = True
     for name in dict.fromkeys(formats):
-        suffix, write = FORMATS[name]
-        target = output / (path.stem + suffix)
+        file_name, write = FORMATS[name]
+        target = output / (path.stem + file_name if file_name.startswith(".") else file_name)
         temporary = target.with_name(target.name + ".tmp")
+        remove(temporary)
         try:
-            difference = largest_difference(model, write(model, temporary))
+            difference = largest_difference(model, write(model, tokenizer, temporary))
             if difference <= TOLERANCE:
+                if target.is_dir():
+                    remove(target)  # a folder can't be renamed over another
                 os.replace(temporary, target)
                 fsync_directory(output)
-                print(f"{target}: {target.stat().st_size / 1e6:.1f} MB, largest difference of a logit {difference:.1e}")
+                print(f"{target}: largest difference of a logit {difference:.1e}")
             else:
                 notice(f"error: {name}: logits differ by up to {difference:.1e} (allowed {TOLERANCE}); the file was deleted")
                 good = False
         finally:
-            temporary.unlink(missing_ok=True)
+            remove(temporary)
     return good
 
 

@@ -57,8 +57,8 @@ class Arguments:
 
     def __post_init__(self):
         problems = [f"{k}={getattr(self, k)} must be at least 1" for k in ("max_new_tokens", "num_samples") if getattr(self, k) < 1]
-        if self.temperature < 0:
-            problems.append(f"temperature={self.temperature} must be at least 0")
+        if not 0 <= self.temperature < float("inf"):
+            problems.append(f"temperature={self.temperature} must be a number of at least 0")
         if self.top_k is not None and self.top_k < 1:
             problems.append(f"top_k={self.top_k} must be at least 1")
         for name in ("top_p", "min_p"):
@@ -151,6 +151,8 @@ def main(argv: list[str] | None = None) -> int:
     model, tokenizer, path, content = load_model(args.checkpoint, choose_device(args.device))
     seed = args.seed if args.seed is not None else secrets.randbelow(2**31)
     notice(f"{path}, step {content['step']}" + (f", seed {seed}" if args.seed is None and args.temperature > 0 else ""))
+    if args.temperature == 0 and (args.top_k or args.top_p or args.min_p or args.num_samples > 1):
+        notice("at temperature 0 the text is always the same: --top_k, --top_p, --min_p and --num_samples have no effect on it")
     interactive = args.interactive or (args.prompt is None and sys.stdin.isatty())
     first = () if args.prompt is None else (args.prompt,)
     more = read_prompts(interactive) if interactive or args.prompt is None else ()

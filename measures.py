@@ -11,8 +11,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from models import GPT
 from token_files import DataDirectory
 from tokenizers_io import TextTokenizer
+
+MAX_LOGITS = 2**28  # in one forward pass: 1 GB in float32
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ def strided_windows(n: int, block_size: int, stride: int) -> Iterator[tuple[int,
 
 @torch.inference_mode()
 def score_tokens(
-    model: Callable,
+    model: GPT,
     tokens: np.ndarray,
     eot_id: int,
     block_size: int,
@@ -60,6 +63,7 @@ def score_tokens(
     """
     stream = np.concatenate(([eot_id], tokens)).astype(np.int64)
     nats, hits = np.empty(len(tokens)), np.empty(len(tokens), bool)
+    batch_size = max(1, min(batch_size, MAX_LOGITS // (block_size * model.config.vocab_size)))
     spans = list(strided_windows(len(tokens), block_size, stride or block_size))
     kind = torch.device(device).type
     while spans:
@@ -85,7 +89,7 @@ def summarize(score: Score, n_bytes: int | None) -> dict[str, float | None]:
     loss = float(score.nats.sum()) / len(score.nats)
     return {
         "loss": loss,
-        "perplexity": math.exp(loss) if loss < 700 else math.inf,
+        "perplexity": math.exp(min(loss, 700.0)),  # JSON has no infinity
         "accuracy": float(score.hits.mean()),
         "bits_per_byte": float(score.nats.sum()) / math.log(2) / n_bytes if n_bytes else None,
     }
@@ -133,4 +137,5 @@ def split_prefix(data: DataDirectory, split: str, limit: int) -> Prefix:
         n_bytes = data.meta["splits"][split]["bytes"] if whole and data.meta else text_bytes(data.tokenizer, tokens)
     floor = data.floor(split)
     documents = int((tokens == data.tokenizer.eot_id).sum())
-    return Prefix(tokens, n_bytes, sum(floor[:documents]) if floor is not None else None)
+    whole_documents = len(tokens) > 0 and tokens[-1] == data.tokenizer.eot_id
+    return Prefix(tokens, n_bytes, sum(floor[:documents]) if floor is not None and whole_documents else None)

@@ -264,12 +264,12 @@ def sample_token(
 ) -> Tensor:
     """Draw one token for each row of logits (B, V) -> (B,) int64 on the CPU.
 
-    temperature 0 takes the most probable token. The filters are applied in this order to the probabilities after the temperature:
+    temperature 0 (or below 1e-6) takes the most probable token. Filters apply in this order to the probabilities after the temperature:
     top_k keeps the k most probable tokens; top_p the fewest whose probabilities reach p (Holtzman et al. 2019, nucleus sampling);
     min_p those with at least min_p times the largest probability (Nguyen et al. 2024).
     """
     logits = logits.float().cpu()
-    if temperature == 0:
+    if temperature < 1e-6:
         return logits.argmax(dim=-1)
     probs = ((logits - logits.amax(dim=-1, keepdim=True)) / temperature).softmax(dim=-1)
     if top_k is not None:

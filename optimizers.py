@@ -82,7 +82,7 @@ def make_optimizers(model: GPT, config: TrainConfig, dtype: torch.dtype) -> list
         )
     ]
     if groups["muon"]:
-        compute = torch.float32 if dtype == torch.float32 else torch.bfloat16
+        compute = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
         optimizers.append(Muon(groups["muon"], config.muon_learning_rate, config.weight_decay, parts=model.fused_parts(), dtype=compute))
     for optimizer in optimizers:
         for group in optimizer.param_groups:

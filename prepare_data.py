@@ -135,6 +135,10 @@ class Corpus:
         self.sources += [(None, file) for file in find_files(args.input, args.separator)]
         self.sources += [("val", file) for file in find_files(args.val_input, args.separator)]
         self.sources += [("test", file) for file in find_files(args.test_input, args.separator)]
+        files = [source.path.resolve() for _, source in self.sources if isinstance(source, TextFile)]
+        twice = sorted({str(path) for path in files if files.count(path) > 1})
+        if twice:
+            raise ValueError(f"{', '.join(twice)} would be in two splits; leave it out of --input, --val_input or --test_input")
         given = {split for split, _ in self.sources}
         self.fractions = [0.0 if "val" in given else args.val_fraction, 0.0 if "test" in given else args.test_fraction]
         few = len(list(itertools.islice(self.undivided(), POSITION_BELOW))) < POSITION_BELOW
@@ -271,8 +275,10 @@ def made_with(args: Arguments) -> dict:
 
 def choose_tokenizer(args: Arguments, documents: Callable[[], Iterator[tuple[str, str]]]) -> TextTokenizer:
     kind, asked = (made_with(args)[key] for key in ("tokenizer", "vocab_size"))
-    if kind != "bpe" and args.vocab_size is not None:
-        notice(f"--vocab_size has no effect with the {kind} tokenizer")
+    if kind != "bpe" and (args.vocab_size or args.train_bytes):
+        notice(f"--vocab_size and --train_bytes have no effect with the {kind} tokenizer")
+    if args.dataset is None and args.text_field != "text":
+        notice("--text_field has no effect without --dataset")
     limit = args.train_bytes or (SAMPLE_TRAIN_BYTES if args.sample else 100_000_000)
     tokenizer = make_tokenizer(kind, first_bytes((text for split, text in documents() if split == "train"), limit), asked)
     if kind == "bpe" and tokenizer.vocab_size < asked:
@@ -286,7 +292,8 @@ def prepare(args: Arguments) -> dict:
         load_tokenizer(args.tokenizer)  # a mistyped name should fail before the text is read
     corpus = SampleCorpus(args) if args.sample else Corpus(args)
     tokenizer = choose_tokenizer(args, corpus.documents)
-    workers = args.num_workers or (min(8, os.cpu_count() or 1) if corpus.total_bytes > 8 * 2**20 else 1)
+    small = 0 < corpus.total_bytes < 8 * 2**20  # 0: a dataset, whose size isn't known
+    workers = args.num_workers or (1 if small else min(8, os.cpu_count() or 1))
     with (
         DataDirectoryWriter(Path(args.output)) as writer,
         tqdm(desc="encoding", total=corpus.total_bytes or None, unit="B", unit_scale=True, disable=None) as bar,

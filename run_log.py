@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import warnings
 import zlib
@@ -14,19 +15,34 @@ from utils import write_atomically
 METRICS = "metrics.jsonl"
 
 
+def finite(value: object) -> bool:
+    """False for the numbers that JSON has no form for."""
+    return not isinstance(value, float) or math.isfinite(value)
+
+
 class MetricsLog:
     """metrics.jsonl: one JSON object a line, never twice after a resume.
 
-    Each complete checkpoint remembers the file's length and CRC-32 at its moment; `truncate` goes back to it.
+    Each complete checkpoint remembers the file's length and CRC-32 at its moment; a resume goes back to it.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, resumed: tuple[Path, dict[str, int]] | None = None):
+        """Open the log for appending. resumed: the log to go on with (this one or another run's) and its remembered state.
+
+        Raises ValueError, before anything is written, if that log's beginning is no longer what it was.
+        """
+        self.path, beginning = path, b""
+        if resumed is not None:
+            source, state = resumed
+            beginning = source.read_bytes()[: state["bytes"]] if source.exists() else b""
+            if len(beginning) != state["bytes"] or zlib.crc32(beginning) != state["crc32"]:
+                raise ValueError(f"{source} was changed since the checkpoint was written; bring it back, or start with --overwrite")
+        write_atomically(path, lambda file: file.write(beginning))
         self.file = open(path, "ab")  # noqa: SIM115
-        self.crc = zlib.crc32(path.read_bytes())
+        self.crc = zlib.crc32(beginning)
 
     def write(self, **values) -> None:
-        line = (json.dumps(values) + "\n").encode()
+        line = (json.dumps({key: value if finite(value) else None for key, value in values.items()}) + "\n").encode()
         self.file.write(line)
         self.file.flush()
         self.crc = zlib.crc32(line, self.crc)
@@ -35,15 +51,6 @@ class MetricsLog:
         """Length and checksum of all lines so far, which are durable from here on."""
         os.fsync(self.file.fileno())
         return {"bytes": self.file.tell(), "crc32": self.crc}
-
-    def truncate(self, state: dict[str, int]) -> None:
-        """Go back to a remembered state. Raises ValueError if the file's beginning is no longer what it was."""
-        beginning = self.path.read_bytes()[: state["bytes"]]
-        if len(beginning) != state["bytes"] or zlib.crc32(beginning) != state["crc32"]:
-            raise ValueError(f"{self.path} was changed since the checkpoint was written; move it away and resume with --overwrite")
-        self.file.truncate(state["bytes"])
-        self.file.seek(0, 2)
-        self.crc = state["crc32"]
 
     def close(self) -> None:
         self.file.close()

@@ -29,9 +29,10 @@ class TextFile:
                 except UnicodeDecodeError as error:
                     at = offset + error.start - (len(error.object) - len(chunk))
                     raise ValueError(f"{self.path} is not UTF-8 text (byte {at}); convert it, e.g. with: iconv -t UTF-8") from None
+                new = max(0, len(rest) - len(self.separator))  # what was searched before needs no second look
                 rest += text.removeprefix("\ufeff") if offset == 0 else text
                 offset += len(chunk)
-                if self.separator in rest:
+                if rest.find(self.separator, new) >= 0:
                     found = True
                     *documents, rest = rest.split(self.separator)
                     yield from filter(None, (document.strip("\r\n") for document in documents))
@@ -74,7 +75,7 @@ class HubSplit:
 
 def find_files(names: Iterable[str], separator: str) -> list[TextFile]:
     """The text files that paths, directories and globs name, each once, in order. Raises FileNotFoundError, ValueError."""
-    paths: dict[Path, None] = {}
+    paths: dict[Path, Path] = {}
     for name in names:
         path = Path(name)
         if path.is_dir():
@@ -85,11 +86,11 @@ def find_files(names: Iterable[str], separator: str) -> list[TextFile]:
             found = sorted(Path(match) for match in glob.glob(name, recursive=True))
         if not found:
             raise FileNotFoundError(f"no text files at {name}; give an existing file, a directory with *.txt files, or a glob")
-        paths |= dict.fromkeys(found)
-    empty = [str(path) for path in paths if path.stat().st_size == 0]
+        paths |= {path.resolve(): path for path in found if path.resolve() not in paths}
+    empty = [str(path) for path in paths.values() if path.stat().st_size == 0]
     if empty:
         raise ValueError(f"empty input: {', '.join(empty)}; leave it out or give a file with text")
-    return [TextFile(path, separator) for path in paths]
+    return [TextFile(path, separator) for path in paths.values()]
 
 
 def open_dataset(name: str, text_field: str) -> dict[str, HubSplit]:
@@ -110,9 +111,9 @@ def open_dataset(name: str, text_field: str) -> dict[str, HubSplit]:
 
 
 def first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
-    """Texts until `limit` characters have been given out."""
+    """The beginning of `texts`, `limit` characters in all."""
     for text in texts:
-        yield text
+        yield text[:limit]
         limit -= len(text)
         if limit <= 0:
             return

@@ -4,9 +4,11 @@ A data directory holds train.bin, val.bin, test.bin (raw little-endian uint16 to
 document ends with EOT), tokenizer.json and meta.json, and for the sample corpus floor.json.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
+import math
 import os
 from fractions import Fraction
 from pathlib import Path
@@ -107,10 +109,11 @@ def finish_commit(directory: Path) -> None:
     for name in remove:
         (directory / name).unlink(missing_ok=True)
     for name in new:
-        if (directory / f"{name}.new").exists():
+        with contextlib.suppress(FileNotFoundError):  # renamed before the crash, or by another reader just now
             os.replace(directory / f"{name}.new", directory / name)
     fsync_directory(directory)
-    marker.unlink()
+    marker.unlink(missing_ok=True)
+    fsync_directory(directory)
 
 
 # ---------------------------------------------------------------- reading
@@ -195,7 +198,6 @@ class DataDirectory:
 # ---------------------------------------------------------------- the order of the training data
 
 
-@functools.lru_cache(maxsize=8)
 def epoch_starts(seed: int, source: int, epoch: int, n_tokens: int, block_size: int) -> np.ndarray:
     """Where each window of an epoch starts, (windows,) int64, in the order in which they are read.
 
@@ -242,15 +244,27 @@ def parse_weighted(text: str) -> tuple[str, Fraction | None]:
     return directory, value
 
 
+def whole_shares(weights: list[Fraction]) -> list[int]:
+    """Weights as whole numbers in the same proportion, exact unless they would be too large for 64-bit arithmetic on sample numbers."""
+    scale = math.lcm(*(weight.denominator for weight in weights))
+    shares = [int(weight * scale) for weight in weights]
+    if sum(shares) > 10**6:
+        shares = [max(1, round(weight / sum(weights) * 10**6)) for weight in weights]
+    return [share // math.gcd(*shares) for share in shares]
+
+
 class TrainingData:
     """Windows of the training splits of several directories, in an order that is a pure function of (seed, sample number).
 
     Without weights one epoch is every window of every directory once; with weights the directories are mixed in those shares.
-    Raises ValueError for different tokenizers, a directory without any whole window, or weights for some directories only.
+    fingerprint: what identifies data and mixture, in plain values. Raises ValueError for different tokenizers, a directory named twice or
+    without any whole window, or weights for some directories only.
     """
 
     def __init__(self, directories: list[DataDirectory], weights: list[Fraction | None], block_size: int, seed: int):
         first = directories[0]
+        if len({directory.path.resolve() for directory in directories}) < len(directories):
+            raise ValueError("a data directory is named twice; name each once, with a weight if one should count for more")
         for other in directories[1:]:
             if other.tokenizer.sha256 != first.tokenizer.sha256:
                 raise ValueError(f"{first.name} and {other.name} have different tokenizers; prepare both with the same --tokenizer PATH")
@@ -265,11 +279,22 @@ class TrainingData:
                     "give more text or a smaller --block_size"
                 )
         self.windows = [windows(len(source), block_size) for source in self.sources]
-        scale = np.lcm.reduce([weight.denominator for weight in weights if weight is not None] or [1])
-        self.weights = [int(weight * int(scale)) for weight in weights] if all(given) else self.windows
         self.mixed = all(given)
+        self.weights = whole_shares(weights) if self.mixed else self.windows
         self.block_size, self.seed = block_size, seed
+        shares = map(str, self.weights) if self.mixed else [""] * len(directories)
+        self.fingerprint = [{"share": share, **directory.fingerprint()} for directory, share in zip(directories, shares)]
+        self.epochs: list[dict[int, np.ndarray]] = [{} for _ in self.sources]  # the two epochs of each source read last
         self.samples_per_epoch = sum(self.windows)
+
+    def order(self, source: int, epoch: int) -> np.ndarray:
+        """epoch_starts of a source, kept for two epochs: a batch may run across an epoch's end."""
+        kept = self.epochs[source]
+        if epoch not in kept:
+            if len(kept) == 2:
+                del kept[min(kept)]
+            kept[epoch] = epoch_starts(self.seed, source, epoch, len(self.sources[source]), self.block_size)
+        return kept[epoch]
 
     def batch(self, first: int, count: int) -> np.ndarray:
         """Samples first, first + 1, ... as windows of block_size tokens and the one behind them: (count, block_size + 1) uint16."""
@@ -277,6 +302,6 @@ class TrainingData:
         rows = np.empty((count, self.block_size + 1), DTYPE)
         for row, (s, i) in enumerate(zip(source.tolist(), within.tolist())):
             epoch, at = divmod(i, self.windows[s])
-            start = epoch_starts(self.seed, s, epoch, len(self.sources[s]), self.block_size)[at]
+            start = self.order(s, epoch)[at]
             rows[row] = self.sources[s][start : start + self.block_size + 1]
         return rows

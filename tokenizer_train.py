@@ -39,6 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     tokenizer = make_tokenizer(args.kind, first_bytes((text for file in files for text in file), args.train_bytes), args.vocab_size)
     if args.kind == "bpe" and tokenizer.vocab_size < args.vocab_size:
         notice(f"the text gives only {tokenizer.vocab_size} tokens of the {args.vocab_size} asked for")
+    if args.kind != "bpe" and args.vocab_size != Arguments.vocab_size:
+        notice(f"--vocab_size has no effect with the {args.kind} tokenizer")
     output = Path(args.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(output, lambda file: file.write(tokenizer.json.encode()))

@@ -44,7 +44,7 @@ class TextTokenizer:
         self.sha256 = hashlib.sha256(text.encode()).hexdigest()
         try:
             self.tokenizer = Tokenizer.from_str(text)
-            description = json.loads(text)
+            description = json.loads(self.tokenizer.to_str())  # older files leave out what they take for granted
         except Exception as error:  # tokenizers raises plain Exception
             raise ValueError(f"{name} is no Hugging Face tokenizer.json ({error}); make one with tokenizer_train.py") from None
         self.tokenizer.no_padding()
@@ -193,7 +193,10 @@ def byte_tokenizer() -> TextTokenizer:
 
 def char_tokenizer(texts: Iterable[str]) -> TextTokenizer:
     """Each character of `texts` is an id; others become `<|unk|>`."""
-    characters = sorted(set().union(*map(set, texts)))
+    found: set[str] = set()
+    for text in texts:
+        found.update(text)
+    characters = sorted(found)
     vocab = {EOT: 0, UNKNOWN: 1} | {character: i + 2 for i, character in enumerate(characters)}
     if len(vocab) > MAX_VOCAB_SIZE:
         raise ValueError(f"the text has {len(characters)} different characters, too many for uint16 token files; pass --tokenizer bpe")

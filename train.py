@@ -10,7 +10,6 @@ A flag overrides `--preset`, which overrides what stands in config.py. Every fie
 
 from utils import (
     StopSignal,
-    choose_compile,
     choose_device,
     given_flags,
     needs_packages,
@@ -29,12 +28,13 @@ with needs_packages():
     from collections.abc import Callable
     from dataclasses import dataclass, field
     from pathlib import Path
+    from typing import get_args
 
     import torch
 
     import checkpoints_io as ckpt
     import config as settings
-    from config import PRESETS, GPTConfig, TrainConfig
+    from config import PRESETS, Arch, GPTConfig, TrainConfig
     from estimates import duration, memory_estimate, seconds_per_step
     from models import GPT
     from run_log import METRICS, MetricsLog, plot_losses, write_config
@@ -44,7 +44,7 @@ with needs_packages():
 
 # What may change when a run is resumed; everything else would make it another run.
 CHANGEABLE = {"max_steps", "epochs", "eval_interval", "eval_tokens", "checkpoint_interval", "keep_checkpoints", "log_interval"}
-CHANGEABLE |= {"device", "dtype", "compile", "warmup_steps"}
+CHANGEABLE |= {"device", "dtype", "compile", "warmup_steps", "learning_rate", "muon_learning_rate"}
 FAMILY_FIELDS = {"bias": None, "n_kv_head": None, "rope_theta": None}
 LONG_ON_CPU = 6 * 3600  # seconds
 
@@ -90,9 +90,11 @@ def read_arguments(argv: list[str] | None) -> tuple[Arguments, set[str]]:
         model, train = make_model(), dataclasses.replace(train, **values)
         given = given | (values.keys() | {f.name for f in dataclasses.fields(GPTConfig)}) - CHANGEABLE - {"vocab_size"}
     arch = flags.get("--arch")
-    if arch in ("gpt2", "qwen3") and arch != model.arch:
+    if arch in get_args(Arch) and arch != model.arch:
         model = dataclasses.replace(model, arch=arch, **FAMILY_FIELDS)
     args = parse_command_line(Arguments, words, __doc__, default=Arguments(model=model, train=train))
+    if not args.data_dir:
+        raise ValueError("--data_dir needs a directory; make one with prepare_data.py")
     if args.dataset is not None and "data_dir" in given:
         raise ValueError("give either --data_dir or --dataset, not both")
     if args.resume is not None and args.overwrite:
@@ -119,10 +121,12 @@ def run_directory(args: Arguments) -> Path:
     return Path("checkpoints") / "+".join(directory.resolve().name for directory in directories)
 
 
-def prepare_dataset(args: Arguments, given: set[str], run: Path) -> Path:
-    """Prepare --dataset into the run's own data/, unless it holds the same already. Returns that directory."""
+def prepare_dataset(args: Arguments, given: set[str], run: Path, resuming: bool) -> Path:
+    """Prepare --dataset into the run's own data/, unless it holds the same already or a run on it is resumed. Returns that directory."""
     import prepare_data
 
+    if resuming and (run / "data" / META).is_file():
+        return run / "data"
     source = {"input": (args.dataset,)} if Path(args.dataset).exists() else {"dataset": args.dataset}
     asked = {"vocab_size": args.model.vocab_size} if "vocab_size" in given else {}
     prepare_args = prepare_data.Arguments(**source, output=str(run / "data"), tokenizer=args.tokenizer, seed=args.train.seed, **asked)
@@ -139,10 +143,10 @@ def prepare_dataset(args: Arguments, given: set[str], run: Path) -> Path:
     return run / "data"
 
 
-def open_data(args: Arguments, given: set[str], run: Path) -> tuple[list[DataDirectory], list]:
+def open_data(args: Arguments, given: set[str], run: Path, resuming: bool) -> tuple[list[DataDirectory], list]:
     """The data directories and their weights."""
     if args.dataset is not None:
-        return [DataDirectory(prepare_dataset(args, given, run))], [None]
+        return [DataDirectory(prepare_dataset(args, given, run, resuming))], [None]
     names, weights = zip(*map(parse_weighted, args.data_dir))
     tokenizer = make_tokenizer(args.tokenizer, (), 0) if args.tokenizer in ("gpt2", "byte") else None
     if args.tokenizer is not None and tokenizer is None:
@@ -163,14 +167,14 @@ def fit_to_data(args: Arguments, given: set[str], tokenizer: TextTokenizer) -> G
     return dataclasses.replace(args.model, vocab_size=tokenizer.vocab_size)
 
 
-def fix_length(config: TrainConfig, given: set[str], data: TrainingData) -> TrainConfig:
-    """The configuration with epochs turned into steps, and warmup at most a tenth of the run unless it was a flag."""
+def fix_length(config: TrainConfig, keep_warmup: bool, data: TrainingData) -> TrainConfig:
+    """The configuration with epochs turned into steps, and warmup at most a tenth of the run unless it is to be kept."""
     max_steps = config.max_steps
     if config.epochs is not None:
         if data.mixed:
             raise ValueError("--epochs has no meaning for weighted directories; give --max_steps")
         max_steps = max(1, math.ceil(config.epochs * data.samples_per_epoch / (config.batch_size * config.gradient_accumulation_steps)))
-    warmup = config.warmup_steps if "warmup_steps" in given else min(config.warmup_steps, max_steps // 10)
+    warmup = config.warmup_steps if keep_warmup else min(config.warmup_steps, max_steps // 10)
     return dataclasses.replace(config, max_steps=max_steps, warmup_steps=warmup)
 
 
@@ -191,26 +195,31 @@ def merge_resumed(args: Arguments, given: set[str], content: dict) -> tuple[GPTC
     return merged[0], merged[1]
 
 
-def announce(model: GPT, data: TrainingData, config: TrainConfig, names: list[str], device: str, precision, compiling, start: int) -> None:
+def announce(run: Run) -> None:
     """Print what is about to happen: size, data, length, precision, memory and an honest estimate of the time."""
-    shape, tokens = model.config, config.batch_size * config.gradient_accumulation_steps * model.config.block_size
+    model, data, config, device, tokens = run.model, run.data, run.config, run.device, run.tokens_per_step
+    shape, steps_left = model.config, run.config.max_steps - run.progress.step
     epochs = config.max_steps * tokens / (data.samples_per_epoch * shape.block_size)
     notice(
         f"model      {shape.arch}, {shape.n_layer} layers x {shape.n_embd}, {shape.n_head} heads, block {shape.block_size}, "
         f"vocabulary {shape.vocab_size}: {model.num_parameters():,} parameters, "
         f"{model.num_parameters(embedding=False):,} of them besides the token embedding"
     )
-    notice(f"data       {' '.join(names)}: {sum(map(len, data.sources)):,} training tokens")
+    notice(
+        f"data       {' '.join(run.names)}: {sum(map(len, data.sources)):,} training tokens; "
+        f"validation on the first {len(run.prefix.tokens):,} tokens of {run.names[0]}"
+    )
     notice(
         f"run        {config.max_steps:,} steps of {tokens:,} tokens ({config.batch_size} x {config.gradient_accumulation_steps} windows) "
         f"= {epochs:.2f} epochs; {config.optimizer}, warmup {config.warmup_steps} steps, {config.lr_schedule} decay"
     )
-    notice(f"precision  {str(precision[0]).removeprefix('torch.')} on {device}: {precision[1]}; compile {compiling[0]}: {compiling[1]}")
-    notice(f"memory     about {memory_estimate(model, config, precision[0]) / 1e9:.1f} GB")
-    seconds = (config.max_steps - start) * seconds_per_step(model, data, config, device, precision[0])
-    notice(f"time       about {duration(seconds)} for {config.max_steps - start:,} steps at the speed just measured, plus evaluations")
+    why, compiling = run.precision[1], run.compiling
+    notice(f"precision  {run.environment()['dtype']} on {device}: {why}; compile {compiling[0]}: {compiling[1]}")
+    notice(f"memory     about {memory_estimate(model, config, run.dtype) / 1e9:.1f} GB")
+    seconds = steps_left * seconds_per_step(model, data, config, device, run.dtype)
+    notice(f"time       about {duration(seconds)} for {steps_left:,} steps at the speed just measured, plus evaluations")
     if device == "cpu" and seconds > LONG_ON_CPU:
-        directories = "" if names == ["./data"] else " --data_dir " + " ".join(names)
+        directories = "" if run.names == ["./data"] else " --data_dir " + " ".join(run.names)
         notice(f"           that is long; for a model in minutes: python train.py --preset nano{directories} --out_dir checkpoints/nano")
 
 
@@ -219,29 +228,42 @@ def find_resumed(args: Arguments, run: Path) -> tuple[Path, dict] | None:
     if args.resume is None:
         return None
     if args.resume != "auto" and Path(args.resume).is_file():
-        return Path(args.resume), ckpt.load_checkpoint(Path(args.resume))
+        content = ckpt.load_checkpoint(Path(args.resume))
+        if "resume" not in content:
+            raise ValueError(f"{args.resume} holds weights only and can't be resumed; give a step_*.pt or the run directory")
+        return Path(args.resume), content
     found = ckpt.newest_checkpoint(run if args.resume == "auto" else Path(args.resume))
     if found is None and args.resume != "auto":
         raise FileNotFoundError(f"no checkpoint at {args.resume}; give a run directory or a step_*.pt, or start without --resume")
     return found
 
 
-def claim_directory(args: Arguments, run: Path, same_run: Callable[[dict], bool], max_steps: int) -> bool:
-    """Make sure that a new run may write into its directory. True if that holds the same run, finished. Raises ValueError."""
-    if not ckpt.is_occupied(run):
-        return False
-    if args.overwrite:
-        ckpt.clear_run(run)
+def is_claimed(args: Arguments, run: Path, same_run: Callable[[dict], bool], max_steps: int) -> bool:
+    """Whether a new run's directory holds that very run, finished. Raises ValueError if it holds another one that must not be deleted."""
+    if args.overwrite or not ckpt.is_occupied(run):
         return False
     newest = ckpt.newest_checkpoint(run)
     if newest is not None and same_run(newest[1]) and newest[1]["step"] >= max_steps:
-        print(f"{run} holds this very run, finished at step {newest[1]['step']}")
         return True
     best = run / ckpt.BEST
     if args.resume == "auto" and newest is None and (not best.exists() or same_run(ckpt.load_checkpoint(best))):
-        ckpt.clear_run(run)  # this run, begun, but stopped before its first complete checkpoint
-        return False
+        return False  # this run, begun, but stopped before its first complete checkpoint
     raise ValueError(f"{run} holds another run; continue it with --resume auto, delete it with --overwrite, or choose another --out_dir")
+
+
+def check_branch(resumed: tuple[Path, dict], run: Path) -> None:
+    """Refuse to resume where newer checkpoints would be mixed with those to come, or into another run's directory. Raises ValueError."""
+    path, _ = resumed
+    if path.parent.resolve() != run.resolve():
+        if ckpt.is_occupied(run):
+            raise ValueError(f"{run} holds a run already; choose another --out_dir to continue {path} in")
+        return
+    newer = [p for p in ckpt.step_checkpoints(run) if p.name > path.name]
+    for damaged in [p for p in newer if not ckpt.is_whole(p)]:
+        damaged.rename(damaged.with_suffix(".pt.damaged"))
+        newer.remove(damaged)
+    if newer:
+        raise ValueError(f"{run} goes on to {newer[0].name}; delete what is newer than {path.name}, or continue in another --out_dir")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -253,47 +275,48 @@ def main(argv: list[str] | None = None) -> int:
         export_model.check_formats(args.export)
     device = choose_device(args.train.device)
     resumed = find_resumed(args, run_path)
-    directories, weights = open_data(args, given, run_path)
-    fingerprint = {directory.name: directory.fingerprint() for directory in directories}
+    directories, weights = open_data(args, given, run_path, resumed is not None)
     if resumed is not None:
         model_config, config = merge_resumed(args, given - {"vocab_size"}, resumed[1])
-        if resumed[1]["data"] != fingerprint:
-            raise ValueError(
-                f"{resumed[0]} was trained on other data than {' '.join(fingerprint)}; give its --data_dir, or another --out_dir"
-            )
     else:
         model_config, config = fit_to_data(args, given, directories[0].tokenizer), args.train
     data = TrainingData(directories, weights, model_config.block_size, config.seed)
-    config = fix_length(config, given, data)
+    config = fix_length(config, "warmup_steps" in given or resumed is not None, data)
 
     def same_run(content: dict) -> bool:
         same_config = content["model_config"] == dataclasses.asdict(model_config) and content["train_config"] == dataclasses.asdict(config)
-        return same_config and content["data"] == fingerprint
+        return same_config and content["data"] == data.fingerprint
 
-    if resumed is None and claim_directory(args, run_path, same_run, config.max_steps):
+    if resumed is not None and resumed[1]["data"] != data.fingerprint:
+        raise ValueError(f"{resumed[0]} was trained on other data; give its --data_dir, or another --out_dir")
+    if resumed is not None:
+        finished = resumed[1]["step"] >= config.max_steps and not resumed[1]["resume"]["progress"]["evaluation_due"]
+    else:
+        finished = is_claimed(args, run_path, same_run, config.max_steps)
+    if finished:
+        print(f"{run_path} holds this very run, finished at step {resumed[1]['step'] if resumed else config.max_steps}")
         return 0
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it
-    model = GPT(model_config).to(device)
-    run = Run(run_path, model, config, data, directories, device)
+    run = Run(run_path, GPT(model_config).to(device), config, data, directories, device)
     if resumed is not None:
+        check_branch(resumed, run_path)
         run.restore(*resumed)
-    tokens_left = (config.max_steps - run.progress.step) * config.batch_size * config.gradient_accumulation_steps * model_config.block_size
-    compiling = choose_compile(device, config.compile, model.flops_per_token() * tokens_left)
-    announce(model, data, config, run.names, device, run.precision, compiling, run.progress.step)
-
+    announce(run)
     run_path.mkdir(parents=True, exist_ok=True)
-    write_config(run_path, model_config, config, {"data": fingerprint, "device": device, "precision": str(run.dtype)})
-    metrics = MetricsLog(run_path / METRICS)
+    if resumed is None:
+        ckpt.clear_run(run_path)
+    write_config(run_path, model_config, config, {"data": dict(zip(run.names, data.fingerprint)), "environment": run.environment()})
     started = time.perf_counter()
+    metrics = MetricsLog(run_path / METRICS, resumed and (resumed[0].parent / METRICS, resumed[1]["resume"]["metrics"]))
     try:
-        if resumed is not None:
-            metrics.truncate(resumed[1]["resume"]["metrics"])
         with StopSignal() as stop:
-            run.train(metrics, compiling[0], stop)
+            run.train(metrics, stop)
     except FloatingPointError as error:
         notice(f"error: {error}")
         return 1
+    except torch.OutOfMemoryError:
+        raise ValueError("the GPU's memory is full; halve --batch_size and double --gradient_accumulation_steps") from None
     finally:
         metrics.close()
     plot_losses(run_path, run.floor(len(run.prefix.tokens) / math.log(2)))

@@ -18,7 +18,7 @@ from models import GPT
 from optimizers import lr_factor, make_optimizers, set_learning_rates
 from run_log import MetricsLog
 from token_files import DataDirectory, TrainingData
-from utils import StopSignal, choose_precision, notice
+from utils import StopSignal, choose_compile, choose_precision, notice
 
 
 def step_seed(seed: int, step: int, micro_step: int) -> int:
@@ -49,8 +49,9 @@ def training_step(model, raw_model: GPT, optimizers, scaler, data: TrainingData,
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf)
-    for optimizer in optimizers:
-        scaler.step(optimizer)
+    if not scaler.is_enabled() or torch.isfinite(norm):  # float16 overflows now and then: skip the step for all, lower the scale
+        for optimizer in optimizers:
+            scaler.step(optimizer)
     scaler.update()
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
@@ -73,15 +74,31 @@ class Run:
         self.directory, self.model, self.config, self.data, self.device = run, model, config, data, device
         self.names = [directory.name for directory in directories]
         self.tokenizer = directories[0].tokenizer
-        self.fingerprint = {directory.name: directory.fingerprint() for directory in directories}
+        self.fingerprint = data.fingerprint
         self.prefix: Prefix = split_prefix(directories[0], "val", config.eval_tokens)
         self.precision = choose_precision(device, config.dtype)
         self.dtype = self.precision[0]
         self.optimizers = make_optimizers(model, config, self.dtype)
         self.scaler = torch.amp.GradScaler(torch.device(device).type, enabled=self.dtype == torch.float16)
+        self.compiling = choose_compile(device, config.compile, model.flops_per_token() * config.max_steps * self.tokens_per_step)
         self.progress = Progress()
-        self.seconds = 0.0
+        self.last: tuple[torch.Tensor, torch.Tensor] | None = None  # loss and gradient norm of the last step
+        self.timed_steps, self.seconds = 0, 0.0
         self.last_summary: dict = {}
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.config.batch_size * self.config.gradient_accumulation_steps * self.model.config.block_size
+
+    def environment(self) -> dict[str, str]:
+        """What else decides the last bits of the weights."""
+        return {
+            "torch": torch.__version__.split("+")[0],
+            "threads": str(torch.get_num_threads()),
+            "device": self.device.split(":")[0],
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "compile": str(self.compiling[0]),
+        }
 
     def floor(self, per: float) -> float | None:
         """What a perfect model needs for the validation prefix, in bits divided by `per`."""
@@ -99,35 +116,34 @@ class Run:
         }
 
     def save(self) -> None:
-        """Write the complete checkpoint of this step; only then delete old ones."""
+        """Write the complete checkpoint of this step; only then delete old ones. Raises FloatingPointError, see check_finite."""
+        self.check_finite()
         resume = {
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(),
             "progress": dataclasses.asdict(self.progress),
             "samples_seen": self.progress.step * self.config.batch_size * self.config.gradient_accumulation_steps,
             "metrics": self.metrics.state(),
-            "environment": {
-                "torch": torch.__version__.split("+")[0],
-                "threads": torch.get_num_threads(),
-                "device": self.device.split(":")[0],
-            },
+            "environment": self.environment(),
         }
         ckpt.save_checkpoint(ckpt.step_path(self.directory, self.progress.step), self.content() | {"resume": resume})
         ckpt.delete_old_checkpoints(self.directory, self.config.keep_checkpoints)
 
     def restore(self, path: Path, content: dict) -> None:
-        """Go back to a complete checkpoint. Raises ValueError if it can't be continued."""
-        if "resume" not in content:
-            raise ValueError(f"{path} holds weights only and can't be resumed; give a step_*.pt or the run directory")
+        """Go back to a complete checkpoint."""
         state = content["resume"]
         model, _ = ckpt.build_model(content, str(path))
         self.model.load_state_dict(model.state_dict())
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            peaks = [group["peak_lr"] for group in optimizer.param_groups]  # flags may have changed them
             optimizer.load_state_dict(saved)
-        self.scaler.load_state_dict(state["scaler"])
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["peak_lr"] = peak
+        if self.scaler.is_enabled() and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
-        here = {"torch": torch.__version__.split("+")[0], "threads": torch.get_num_threads(), "device": self.device.split(":")[0]}
-        changed = [f"{key} {state['environment'][key]} -> {here[key]}" for key in here if state["environment"][key] != here[key]]
+        before, here = state["environment"], self.environment()
+        changed = [f"{key} {before[key]} -> {here[key]}" for key in here if before[key] != here[key]]
         if changed:
             notice(f"warning: resumed in another environment ({', '.join(changed)}): the same data, but not bit for bit the same weights")
         notice(f"resumed {path} at step {self.progress.step}")
@@ -164,11 +180,23 @@ class Run:
             line += f" (a perfect model: {floor:.4f})" if floor is not None else ""
         return line
 
-    def train(self, metrics: MetricsLog, compile_it: bool, stop: StopSignal) -> None:
+    def check_finite(self) -> None:
+        """Raise FloatingPointError if the last step's loss or gradient is no number: what they have touched must not be saved."""
+        if self.last is None:
+            return
+        loss, norm = self.last
+        finite_norm = self.scaler.is_enabled() or math.isfinite(norm.item())  # a scaler skips such steps
+        if not math.isfinite(loss.item()) or not finite_norm:
+            raise FloatingPointError(
+                f"the loss is {loss.item()}, the gradient's norm {norm.item()} at step {self.progress.step} "
+                f"(learning rates at {lr_factor(self.progress.step - 1, self.config):.3g} of their peaks); "
+                "continue from the last checkpoint with --resume auto and a lower --learning_rate and --muon_learning_rate"
+            )
+
+    def train(self, metrics: MetricsLog, stop: StopSignal) -> None:
         """Train until max_steps or a signal, then save. Raises FloatingPointError for a loss that isn't finite."""
         config, progress, self.metrics = self.config, self.progress, metrics
-        step_model = torch.compile(self.model, dynamic=False) if compile_it else self.model
-        tokens_per_step = config.batch_size * config.gradient_accumulation_steps * self.model.config.block_size
+        step_model = torch.compile(self.model, dynamic=False) if self.compiling[0] else self.model
         bar = tqdm(total=config.max_steps, initial=progress.step, desc="training", unit="step", disable=None)
         self.model.train()
         if progress.evaluation_due:
@@ -183,18 +211,17 @@ class Run:
             evaluating = last or progress.step % config.eval_interval == 0
             saving = last or progress.step % config.checkpoint_interval == 0
             logging = progress.step % config.log_interval == 0
-            if (logging or evaluating or saving) and not math.isfinite(loss.item()):
-                raise FloatingPointError(
-                    f"the loss is {loss.item()} at step {progress.step} (learning rate factor {lr_factor(progress.step - 1, config):.3g}); "
-                    "lower --learning_rate and --muon_learning_rate, then continue with --resume auto"
-                )
+            self.last = loss, norm
+            if logging or evaluating:
+                self.check_finite()
+            self.timed_steps += 1
             self.seconds += time.perf_counter() - started
             if logging:
-                rate = config.log_interval * tokens_per_step / max(1e-9, self.seconds)
-                self.seconds = 0.0
+                rate = self.timed_steps * self.tokens_per_step / max(1e-9, self.seconds)
+                self.timed_steps, self.seconds = 0, 0.0
                 self.metrics.write(
                     step=progress.step,
-                    tokens=progress.step * tokens_per_step,
+                    tokens=progress.step * self.tokens_per_step,
                     loss=loss.item(),
                     accuracy=hits.item(),
                     lr_factor=lr_factor(progress.step - 1, config),

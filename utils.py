@@ -22,9 +22,12 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def needs_packages() -> Iterator[None]:
-    """Imports inside: a missing package becomes one sentence that says how to install it, and exit code 2."""
+    """Imports inside: a missing package, or a mistake in config.py, becomes one sentence and exit code 2."""
     try:
         yield
+    except (ValueError, TypeError) as error:
+        print(f"error: config.py: {describe(error)}", file=sys.stderr)
+        raise SystemExit(2) from None
     except ModuleNotFoundError as error:
         print(f"error: the package {error.name!r} is not installed; run: pip install -r requirements.txt", file=sys.stderr)
         raise SystemExit(2) from None
@@ -33,8 +36,10 @@ def needs_packages() -> Iterator[None]:
 def run_script(main: Callable[[], int | None]) -> None:
     """Run a script's main and exit: 0, 2 with one line for the user's mistake, 1 or 128 + signal as main decides."""
     try:
-        with needs_packages():
-            sys.exit(main())
+        sys.exit(main())
+    except ModuleNotFoundError as error:
+        print(f"error: the package {error.name!r} is not installed; run: pip install -r requirements.txt", file=sys.stderr)
+        sys.exit(2)
     except (ValueError, OSError) as error:
         print(f"error: {describe(error)}", file=sys.stderr)
         sys.exit(2)
@@ -201,6 +206,8 @@ def choose_device(requested: str) -> str:
     }
     if not there.get(kind):
         raise ValueError(f"device={requested!r} is not available here; pass --device cpu, or auto to let the machine decide")
+    if kind == "cuda" and index:
+        torch.cuda.set_device(int(index))
     return requested
 
 
@@ -239,7 +246,9 @@ def choose_compile(device: str, requested: bool | str, run_flops: float) -> tupl
     if requested != "auto":
         return bool(requested), "as asked"
     if kind == "cuda":
-        return True, "it pays on a GPU"
+        from torch.utils._triton import has_triton
+
+        return (True, "it pays on a GPU") if has_triton() else (False, "this GPU or machine has no Triton")
     if kind == "cpu" and run_flops >= COMPILE_PAYS_FLOPS:
         return True, "a run of this length wins the compilation's time back"
     return False, "it would not pay in this run"

@@ -59,6 +59,15 @@ def test_presets_are_valid_with_their_training_values():
         dataclasses.replace(TrainConfig(), **values)
 
 
+@pytest.mark.parametrize("line", ["model_config = ModelConfig.small(n_head=7)", "train_config = TrainConfig(dropout=0.1)"])
+def test_a_mistake_in_config_is_one_sentence(tmp_path, script, line):
+    for file in ROOT.glob("*.py"):
+        shutil.copy(file, tmp_path)
+    with open(tmp_path / "config.py", "a") as file:
+        file.write(line + "\n")
+    assert "error: config.py: " in script(tmp_path / "train.py", cwd=tmp_path, code=2).stderr
+
+
 def test_edits_of_config_reach_the_saved_run_and_flags_and_presets_override_them(tmp_path, sample_dir, script):
     """A copy of the project with another config.py, run as a user would."""
     for file in ROOT.glob("*.py"):

@@ -41,11 +41,32 @@ def test_exports_equal_the_model_at_any_shape(family, trained_run, gpt2_run, scr
         np.testing.assert_allclose(script_model(ids).detach().numpy(), expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("family", ["qwen3", "gpt2"])
+def test_a_folder_for_transformers(family, trained_run, gpt2_run, sample_dir, tmp_path):
+    """Another program loads model and tokenizer from the folder alone: same ids, same logits, same greedy text."""
+    transformers = pytest.importorskip("transformers")
+    run = trained_run if family == "qwen3" else gpt2_run
+    for _ in range(2):  # the second export replaces the first
+        assert export_model.main(["--checkpoint", str(run), "--format", "hf", "--output", str(tmp_path)]) == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+    twin = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    model, tokenizer, *_ = load_model(str(run))
+    ids = tokenizer.encode("Once upon a time, there was a naïve frog.")
+    assert theirs.encode("Once upon a time, there was a naïve frog.") == ids and theirs.eos_token_id == tokenizer.eot_id
+    prompt = torch.tensor([ids[:8]])
+    expected = model.generate(prompt, 12, temperature=0)
+    got = twin.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    assert torch.equal(got, expected)
+
+
 def test_a_file_that_computes_something_else_is_deleted(trained_run, tmp_path, monkeypatch, capsys):
     original = export_model.write_onnx
 
-    def wrong(model, path):
-        run = original(model, path)
+    def wrong(model, tokenizer, path):
+        run = original(model, tokenizer, path)
         return lambda ids: run(ids) + 1e-3
 
     monkeypatch.setitem(export_model.FORMATS, "onnx", (".onnx", wrong))

@@ -222,6 +222,7 @@ def test_preparing_again_replaces_and_keeps_foreign_files(tmp_path, script):
         (["--input", "good.txt", "--tokenizer", "bpe", "--vocab_size", "70000"], "65536"),
         (["--input", "good.txt", "--val_fraction", "0.9", "--test_fraction", "0.2"], "val_fraction=0.9"),
         (["--sample", "--val_input", "good.txt"], "leave --val_input"),
+        (["--input", "g*.txt", "--val_input", "./good.txt", *BYTES], "would be in two splits"),
         (["--input", "good.txt", "--output", "good.txt", *BYTES], "good.txt"),
     ],
 )

@@ -206,6 +206,13 @@ def test_weights_on_the_command_line():
         parse_weighted("data:0")
 
 
+def test_odd_weights_stay_within_64_bits():
+    shares = token_files.whole_shares([Fraction("0.3333333333333333"), Fraction("0.6666666666666667")])
+    assert sum(shares) <= 10**6 + 1 and shares[1] / shares[0] == pytest.approx(2, rel=1e-5)
+    assert token_files.whole_shares([Fraction("0.7"), Fraction("0.3")]) == [7, 3]
+    assert (assign(np.array([10**12]), shares)[1] >= 0).all()
+
+
 def test_what_training_refuses(tmp_path):
     with pytest.raises(ValueError, match="fewer than block_size"):
         make_data(tmp_path / "a", [20], block_size=20)

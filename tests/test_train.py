@@ -272,13 +272,93 @@ def test_a_finished_run_can_be_made_longer(tmp_path, trained_run, sample_dir, sc
     assert [line["step"] for line in lines(run) if "loss" in line] == list(range(1, 41)) and ckpt.newest_checkpoint(run)[1]["step"] == 40
 
 
+def test_resuming_a_finished_run_says_so(trained_run, sample_dir, script):
+    before = {p.name: p.read_bytes() for p in trained_run.iterdir()}
+    assert "finished at step 30" in script(*again(trained_run, sample_dir, resume="auto")).stdout
+    assert {p.name: p.read_bytes() for p in trained_run.iterdir()} == before
+
+
+def test_resuming_an_older_checkpoint(tmp_path, trained_run, sample_dir, script):
+    """In its own directory the newer ones must go first; in another directory the run branches off."""
+    run = tmp_path / "run"
+    shutil.copytree(trained_run, run)
+    older = run / "step_00000020.pt"
+    process = script(*again(run, sample_dir, resume=older, out_dir=None), code=2)
+    assert "goes on to step_00000030.pt" in process.stderr
+    script(*again(tmp_path / "branch", sample_dir, resume=older))
+    assert_same_run(tmp_path / "branch", trained_run)
+    process = script(*again(tmp_path / "branch", sample_dir, resume=older), code=2)
+    assert "holds a run already" in process.stderr
+    process = script(*again(tmp_path / "b", sample_dir, resume=run / "best_model.pt"), code=2)
+    assert "holds weights only" in process.stderr and not (tmp_path / "b").exists()
+
+
+def test_an_explicit_warmup_is_kept_on_resume(tmp_path, sample_dir, script):
+    arguments = tiny(data_dir=sample_dir, out_dir=tmp_path / "run", max_steps=10, checkpoint_interval=5)
+    script("train.py", *arguments, "--warmup_steps", 6)
+    (tmp_path / "run" / "step_00000010.pt").unlink()
+    whole = lines(tmp_path / "run")
+    script("train.py", *arguments, "--resume", "auto")
+    assert lines(tmp_path / "run") == whole and whole[2]["lr_factor"] == pytest.approx(3 / 7)
+
+
+def test_rates_can_be_lowered_on_resume(tmp_path, trained_run, sample_dir, script):
+    run = tmp_path / "run"
+    shutil.copytree(trained_run, run)
+    script(*again(run, sample_dir, resume="auto", max_steps=32, learning_rate=1e-4))
+    groups = ckpt.newest_checkpoint(run)[1]["resume"]["optimizers"][0]["param_groups"]
+    assert [group["peak_lr"] for group in groups] == [1e-4] * len(groups)
+
+
+def test_another_mixture_is_another_run(tmp_path, sample_dir, mistake):
+    import train
+
+    shutil.copytree(sample_dir, tmp_path / "a")
+    shutil.copytree(sample_dir, tmp_path / "b")
+    arguments = tiny(out_dir=tmp_path / "run", max_steps=2, data_dir=None)
+    a, b = tmp_path / "a", tmp_path / "b"
+    assert train.main([*arguments, "--data_dir", f"{a}:0.7", f"{b}:0.3"]) == 0
+    assert train.main([*arguments, "--data_dir", f"{a}:7", f"{b}:3"]) == 0  # the same shares: finished already
+    assert "holds another run" in mistake("train.py", *arguments, "--data_dir", f"{a}:0.6", f"{b}:0.4", cwd=tmp_path)
+    assert "named twice" in mistake("train.py", *arguments, "--data_dir", a, a, cwd=tmp_path)
+
+
+def test_overwrite_deletes_nothing_before_the_new_run_can_start(tmp_path, trained_run, sample_dir, mistake):
+    run = tmp_path / "run"
+    shutil.copytree(trained_run, run)
+    before = {p.name: p.read_bytes() for p in run.iterdir()}
+    mistake(*again(run, sample_dir, dtype="float16"), "--overwrite", cwd=tmp_path)
+    assert {p.name: p.read_bytes() for p in run.iterdir()} == before
+
+
+def test_weights_without_a_number_are_not_saved_on_a_signal(tmp_path, sample_dir):
+    """The loss of step 3 is no number, steps are logged every 10, and the signal comes in between."""
+    import train
+    import trainer
+
+    original = trainer.training_step
+
+    def poisoned(*args):
+        loss, hits, norm = original(*args)
+        if args[6] == 2:
+            signal.raise_signal(signal.SIGTERM)
+            return loss * float("nan"), hits, norm
+        return loss, hits, norm
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "training_step", poisoned)
+        arguments = tiny(data_dir=sample_dir, out_dir=tmp_path / "run", max_steps=20, log_interval=10)
+        assert train.main(arguments) == 1
+    assert not ckpt.step_checkpoints(tmp_path / "run")
+
+
 def test_changed_metrics_are_noticed(tmp_path, trained_run, sample_dir, script):
     run = tmp_path / "run"
     shutil.copytree(trained_run, run)
     metrics = run / "metrics.jsonl"
     metrics.write_text(metrics.read_text().replace('"step": 1,', '"step": 2,', 1))
     (run / "step_00000030.pt").unlink()
-    assert "metrics.jsonl was changed" in script(*again(run, sample_dir, resume="auto"), code=2).stderr
+    assert "metrics.jsonl was changed since" in script(*again(run, sample_dir, resume="auto"), code=2).stderr
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_poisons_nothing(tmp_path, sample_dir, script):
