@@ -436,7 +436,7 @@ def test_compile(tmp_path, sample_dir, script):
         (["--resume", "nothing.pt"], "no checkpoint at nothing.pt"),
         (["--export", "word"], "unknown format word"),
         (["--device", "cuda:7"], "device='cuda:7' is not available"),
-        (["--data_dir", "data:0.5", "data"], "every data directory or to none"),
+        (["--data_dir", "data:0.5", "./data"], "named twice"),
         (["--batch_size", "0"], "batch_size=0 must be at least 1"),
         (["--learnig_rate", "1"], "--learning_rate"),
         (["--tokenizer", "bpe"], "give the path of their tokenizer.json"),

@@ -93,7 +93,10 @@ def test_precision_is_decided_with_a_reason(monkeypatch):
 
 
 def test_compile_is_decided_with_a_reason(monkeypatch):
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)
     assert utils.choose_compile("cuda", "auto", 1e9)[0] and not utils.choose_compile("mps", "auto", 1e18)[0]
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: False)
+    assert not utils.choose_compile("cuda", "auto", 1e9)[0]
     monkeypatch.setattr(utils.shutil, "which", lambda name: "/usr/bin/" + name)
     assert not utils.choose_compile("cpu", "auto", 1e12)[0] and utils.choose_compile("cpu", "auto", 1e16)[0]
     monkeypatch.setattr(utils.shutil, "which", lambda name: None)
