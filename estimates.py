@@ -9,16 +9,18 @@ from config import TrainConfig
 from models import GPT
 from token_files import TrainingData
 
+LIBRARIES = 0.3e9  # what Python and torch take before the first tensor
+
 
 def memory_estimate(model: GPT, config: TrainConfig, dtype) -> float:
-    """Bytes at the peak of a training step, roughly: weights, gradients and optimizer state in float32, activations and logits."""
+    """Bytes at the peak of a training step, roughly: weights, gradients and optimizer state in float32, activations, logits, libraries."""
     groups = model.parameter_groups(muon=config.optimizer == "muon")
     states = 12 * sum(p.numel() for p in groups["muon"]) + 16 * sum(p.numel() for p in groups["decay"] + groups["no_decay"])
     shape, element = model.config, 4 if dtype == torch.float32 else 2
     per_token = shape.n_layer * (8 * shape.n_embd + element * (8 * shape.n_embd + 3 * shape.mlp_width)) + shape.vocab_size * (
         8 + 2 * element
     )
-    return states + config.batch_size * shape.block_size * per_token
+    return LIBRARIES + states + config.batch_size * shape.block_size * per_token
 
 
 def seconds_per_step(model: GPT, data: TrainingData, config: TrainConfig, device: str, dtype) -> float:

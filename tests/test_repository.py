@@ -1,12 +1,15 @@
 """Rules of the house that a reader should be able to trust."""
 
 import ast
+import importlib
 import re
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
 
+import utils
 from tests.conftest import ROOT
 
 SOURCES = sorted(ROOT.glob("*.py"))
@@ -62,6 +65,37 @@ def test_preparation_does_not_import_torch(name):
 def test_every_script_has_commands_to_paste_and_help(script):
     for name in sorted(SCRIPTS):
         doc = ast.get_docstring(ast.parse(Path(ROOT / f"{name}.py").read_text()))
-        assert 2 <= len(re.findall(r"^    python \w+\.py ?", doc, re.MULTILINE)) <= 4, name
+        assert 2 <= len(re.findall(r"^ *python \w+\.py ?", doc, re.MULTILINE)) <= 4, name
         out = script(f"{name}.py", "--help").stdout
         assert doc.splitlines()[0][:30] in " ".join(out.split())
+
+
+def test_the_readme_and_ci_run_the_same_test_command():
+    command = "pip install -r tests/requirements.txt && python -m pytest -q"
+    assert command in (ROOT / "README.md").read_text() and command in (ROOT / ".ci" / "run").read_text()
+
+
+def readme_commands() -> list[list[str]]:
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    parts = [part for block in blocks for line in block.splitlines() for part in re.split(r"&&|\|", line)]
+    words = [shlex.split(part, comments=True) for part in parts]
+    return [line[1:] for line in words if len(line) > 1 and line[0] == "python" and line[1].endswith(".py")]
+
+
+def test_every_flag_of_the_readme_exists():
+    """Each command of the README, read as its script reads it, without running it."""
+    commands = readme_commands()
+    assert len(commands) > 20 and {name.removesuffix(".py") for name, *_ in commands} == SCRIPTS
+    for name, *arguments in commands:
+        module = importlib.import_module(name.removesuffix(".py"))
+        if name == "train.py":
+            module.read_arguments(arguments)
+        else:
+            utils.read_command_line(module.Arguments, arguments, None, {"model_path": "checkpoint", "max_length": "max_new_tokens"})
+
+
+def test_the_readme_names_every_file():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert not [path.name for path in SOURCES if f"{path.name}" not in text]
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (ROOT / target).exists(), target
