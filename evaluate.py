@@ -20,7 +20,7 @@ with needs_packages():
     from tqdm import tqdm
 
     from checkpoints_io import load_model
-    from measures import Score, score_tokens, summarize, why_no_bits_per_byte
+    from measures import Score, score_tokens, summarize, text_bytes, why_no_bits_per_byte
     from models import GPT
     from text_sources import find_files
     from token_files import DTYPE, SPLITS, DataDirectory
@@ -130,7 +130,7 @@ def evaluate_directory(args: Arguments, model: GPT, tokenizer: TextTokenizer, na
         if data.meta is not None:
             n_bytes, documents = (data.meta["splits"][split][key] for key in ("bytes", "documents"))
         else:
-            n_bytes, documents = len(tokenizer.decode(tokens.tolist()).encode()), int((tokens == tokenizer.eot_id).sum())
+            n_bytes, documents = text_bytes(tokenizer, tokens), int((tokens == tokenizer.eot_id).sum())
         results[split] = evaluate_tokens(args, model, tokenizer, tokens, n_bytes, documents, data.floor(split))
     return results
 

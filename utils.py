@@ -40,6 +40,9 @@ def run_script(main: Callable[[], int | None]) -> None:
     except ModuleNotFoundError as error:
         print(f"error: the package {error.name!r} is not installed; run: pip install -r requirements.txt", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # who reads our output, `head` say, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (ValueError, OSError) as error:
         print(f"error: {describe(error)}", file=sys.stderr)
         sys.exit(2)
