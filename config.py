@@ -212,6 +212,7 @@ PRESETS = {
             "max_steps": 2800,
             "learning_rate": 3e-3,
             "muon_learning_rate": 0.01,
+            "warmup_steps": 100,
             "lr_schedule": "linear",
             "final_lr_fraction": 0.0,
             "eval_interval": 400,
