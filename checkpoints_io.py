@@ -5,6 +5,7 @@ A .pt file holds tensors and plain Python values only, and carries its tokenizer
 """
 
 import re
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -141,6 +142,7 @@ def clear_run(run: Path) -> None:
     """Delete what a run wrote into its directory, and what was exported from it; other files stay."""
     for name in (BEST, METRICS, "config.json", "loss.png", "evaluation.json", "best_model.onnx", "best_model.ts.pt"):
         (run / name).unlink(missing_ok=True)
+    shutil.rmtree(run / "hf", ignore_errors=True)
     for path in step_checkpoints(run):
         path.unlink()
     fsync_directory(run)

@@ -39,7 +39,7 @@ with needs_packages():
     from models import GPT
     from run_log import METRICS, MetricsLog, plot_losses, write_config
     from token_files import META, DataDirectory, TrainingData, parse_weighted
-    from tokenizers_io import KINDS, TextTokenizer, make_tokenizer
+    from tokenizers_io import TextTokenizer, make_tokenizer
     from trainer import Run
 
 # What may change when a run is resumed; everything else would make it another run.
@@ -148,11 +148,9 @@ def open_data(args: Arguments, given: set[str], run: Path, resuming: bool) -> tu
     if args.dataset is not None:
         return [DataDirectory(prepare_dataset(args, given, run, resuming))], [None]
     names, weights = zip(*map(parse_weighted, args.data_dir))
-    tokenizer = make_tokenizer(args.tokenizer, (), 0) if args.tokenizer in ("gpt2", "byte") else None
-    if args.tokenizer is not None and tokenizer is None:
-        if args.tokenizer in KINDS:
-            raise ValueError(f"--tokenizer {args.tokenizer} is trained on text; for token files give the path of their tokenizer.json")
-        tokenizer = make_tokenizer(args.tokenizer, (), 0)
+    if args.tokenizer in ("bpe", "char"):
+        raise ValueError(f"--tokenizer {args.tokenizer} is trained on text; for token files give the path of their tokenizer.json")
+    tokenizer = make_tokenizer(args.tokenizer, (), 0) if args.tokenizer is not None else None
     directories = [DataDirectory(name, tokenizer) for name in names]
     if tokenizer is not None and tokenizer.sha256 != directories[0].tokenizer.sha256:
         raise ValueError(f"{names[0]} was prepared with another tokenizer than {args.tokenizer}; leave --tokenizer out")

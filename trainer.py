@@ -201,6 +201,7 @@ class Run:
         self.model.train()
         if progress.evaluation_due:
             progress.evaluation_due = not self.evaluate(stop)
+            self.save()  # if it belonged to the last step, no later checkpoint would know that it is done
         while progress.step < config.max_steps and not stop:
             started = time.perf_counter()
             loss, hits, norm = training_step(
