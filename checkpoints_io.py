@@ -4,9 +4,12 @@ A run directory holds best_model.pt (weights only), step_00001000.pt (complete, 
 A .pt file holds tensors and plain Python values only, and carries its tokenizer.
 """
 
+import dataclasses
+import json
 import re
 import shutil
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,6 +18,7 @@ from config import GPTConfig
 from models import GPT
 from run_log import METRICS
 from tokenizers_io import TextTokenizer
+from twins import config_from_hf, from_hf
 from utils import fsync_directory, notice, write_atomically
 
 FORMAT_VERSION = 1
@@ -53,8 +57,45 @@ def load_checkpoint(path: Path) -> dict:
     return content
 
 
+def load_hf_folder(path: Path) -> dict:
+    """A folder of transformers (GPT-2 or Qwen3) as the content of a checkpoint. Raises ValueError where ours can't be the same model."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        values = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        config = config_from_hf(values)
+        index = path / "model.safetensors.index.json"
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+        outside = [name for name in names if Path(name).name != name]
+        if outside:
+            raise ValueError(f"it names {outside[0]!r}, a file outside of the folder")
+        weights = {key: weight for name in names for key, weight in load_file(path / name).items()}
+        tokenizer = (path / "tokenizer.json").read_bytes().decode()
+        model = from_hf(config, weights)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{path} has no {Path(str(error.filename or error)).name}; an HF folder needs config.json, safetensors and tokenizer.json"
+        ) from None
+    except (ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
+        raise ValueError(f"{path} can't be read as an HF folder: {' '.join(str(error).split())[:200]}") from None
+    return {
+        "format_version": FORMAT_VERSION,
+        "model_config": dataclasses.asdict(config),
+        "train_config": {},
+        "tokenizer": tokenizer,
+        "data": [],
+        "step": 0,
+        "model": model,
+    }
+
+
+def is_hf_folder(path: Path) -> bool:
+    return (path / "config.json").is_file() and any(path.glob("*.safetensors*"))
+
+
 def find_checkpoint(name: str) -> Path:
-    """The file that `--checkpoint NAME` means: a .pt file, a run directory (its best model), or a bare name under ./checkpoints.
+    """What `--checkpoint NAME` means: a .pt file, a run directory (its best model), an HF folder, or a bare name under ./checkpoints.
 
     Raises FileNotFoundError that lists what there is.
     """
@@ -65,6 +106,8 @@ def find_checkpoint(name: str) -> Path:
             for candidate in (path / BEST, *step_checkpoints(path)):
                 if candidate.is_file():
                     return candidate
+            if is_hf_folder(path):
+                return path
     there = sorted(str(path) for path in Path("checkpoints").glob(f"**/{BEST}"))
     raise FileNotFoundError(
         f"no checkpoint at {name}; " + (f"there is {', '.join(there)}" if there else "train a model first: python train.py")
@@ -75,17 +118,24 @@ def build_model(content: dict, name: str, device: str = "cpu") -> tuple[GPT, Tex
     """The network of a checkpoint in evaluation mode, and its tokenizer. Raises ValueError where weights and configuration disagree."""
     try:
         model = GPT(GPTConfig(**content["model_config"]))
-        weights = {key.removeprefix("_orig_mod."): value for key, value in content["model"].items()}
-        model.load_state_dict(weights)
-    except (TypeError, RuntimeError) as error:
-        raise ValueError(f"{name}: weights and configuration do not fit together ({' '.join(str(error).split())[:200]})") from None
+    except TypeError as error:
+        raise ValueError(f"{name}: its configuration is not this program's ({error}); train again") from None
+    load_weights(model, content["model"], name)
     return model.to(device).eval(), TextTokenizer(content["tokenizer"], name)
 
 
+def load_weights(model: GPT, weights: dict, name: str) -> None:
+    """Put weights into a model; those saved from a compiled module too. Raises ValueError if they don't fit."""
+    try:
+        model.load_state_dict({key.removeprefix("_orig_mod."): value for key, value in weights.items()})
+    except RuntimeError as error:
+        raise ValueError(f"{name}: weights and configuration do not fit together ({' '.join(str(error).split())[:200]})") from None
+
+
 def load_model(name: str, device: str = "cpu") -> tuple[GPT, TextTokenizer, Path, dict]:
-    """What `--checkpoint NAME` means: network in evaluation mode, tokenizer, the file, its content."""
+    """What `--checkpoint NAME` means: network in evaluation mode, tokenizer, the file or HF folder, its content."""
     path = find_checkpoint(name)
-    content = load_checkpoint(path)
+    content = load_hf_folder(path) if path.is_dir() else load_checkpoint(path)
     model, tokenizer = build_model(content, str(path), device)
     return model, tokenizer, path, content
 
@@ -138,11 +188,57 @@ def is_occupied(run: Path) -> bool:
     return (run / METRICS).exists() or (run / BEST).exists() or bool(step_checkpoints(run))
 
 
+def find_resumed(resume: str | None, run: Path) -> tuple[Path, dict] | None:
+    """The step checkpoint that --resume asks for; None to start from the beginning. Raises FileNotFoundError, ValueError."""
+    if resume is None:
+        return None
+    if resume != "auto" and Path(resume).is_file():
+        content = load_checkpoint(Path(resume))
+        if "resume" not in content:
+            raise ValueError(f"{resume} holds weights only and can't be resumed; give a step_*.pt or the run directory")
+        return Path(resume), content
+    found = newest_checkpoint(run if resume == "auto" else Path(resume))
+    if found is None and resume != "auto":
+        raise FileNotFoundError(f"no checkpoint at {resume}; give a run directory or a step_*.pt, or start without --resume")
+    return found
+
+
+def is_claimed(run: Path, resume: str | None, same_run: Callable[[dict], bool], finished: Callable[[dict], bool]) -> bool:
+    """Whether a new run's directory holds that very run, finished. Raises ValueError if it holds another one that must not be deleted."""
+    if not is_occupied(run):
+        return False
+    newest = newest_checkpoint(run)
+    if newest is not None and same_run(newest[1]) and finished(newest[1]):
+        return True
+    best = run / BEST
+    if resume == "auto" and newest is None and (not best.exists() or same_run(load_checkpoint(best))):
+        return False  # this run, begun, but stopped before its first complete checkpoint
+    raise ValueError(f"{run} holds another run; continue it with --resume auto, delete it with --overwrite, or choose another --out_dir")
+
+
+def check_branch(path: Path, run: Path) -> None:
+    """Refuse to resume `path` where newer checkpoints would be mixed with those to come, or into another run's directory.
+
+    Newer ones that are damaged are set aside. Raises ValueError.
+    """
+    if path.parent.resolve() != run.resolve():
+        if is_occupied(run):
+            raise ValueError(f"{run} holds a run already; choose another --out_dir to continue {path} in")
+        return
+    newer = [p for p in step_checkpoints(run) if p.name > path.name]
+    for damaged in [p for p in newer if not is_whole(p)]:
+        damaged.rename(damaged.with_suffix(".pt.damaged"))
+        newer.remove(damaged)
+    if newer:
+        raise ValueError(f"{run} goes on to {newer[0].name}; delete what is newer than {path.name}, or continue in another --out_dir")
+
+
 def clear_run(run: Path) -> None:
     """Delete what a run wrote into its directory, and what was exported from it; other files stay."""
-    for name in (BEST, METRICS, "config.json", "loss.png", "evaluation.json", "best_model.onnx", "best_model.ts.pt"):
+    for name in (BEST, METRICS, "config.json", "loss.png", "evaluation.json", "best_model.onnx", "best_model.ts.pt", "tokenizer.json"):
         (run / name).unlink(missing_ok=True)
-    shutil.rmtree(run / "hf", ignore_errors=True)
+    for name in ("hf", "tensorboard"):
+        shutil.rmtree(run / name, ignore_errors=True)
     for path in step_checkpoints(run):
         path.unlink()
     fsync_directory(run)

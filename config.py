@@ -143,14 +143,20 @@ class TrainConfig:
     """AdamW: decay of the squared gradient's running mean."""
     grad_clip: float = 1.0
     """Largest norm of the whole gradient; 0 switches clipping off."""
+    ema_decay: float = 0.0
+    """Decay of a running mean of the weights (EMA) which is then evaluated, sampled and kept as the best model; 0: off."""
     batch_size: int = 32
-    """Windows of block_size tokens in one forward pass."""
+    """Windows of block_size tokens in one forward pass (the micro-batch)."""
     gradient_accumulation_steps: int = 4
-    """Forward passes added up to one optimizer step: the effective batch is batch_size times this."""
+    """Forward passes added up to one optimizer step. The effective batch is batch_size times this, on any number of processes."""
     max_steps: int = 100_000
     """Optimizer steps of the whole run."""
     epochs: float | None = None
     """Length of the run in passes over the training data, instead of max_steps."""
+    max_tokens: int | None = None
+    """Length of the run in tokens, instead of max_steps; rounded up to whole steps."""
+    patience: int = 0
+    """Stop early after this many evaluations in a row without a better validation loss; 0: never."""
     lr_schedule: Literal["cosine", "linear"] = "cosine"
     """Shape of the decay after warmup."""
     warmup_steps: int = 2000
@@ -167,6 +173,12 @@ class TrainConfig:
     """How many of the newest step checkpoints to keep: a number, or all."""
     log_interval: int = 10
     """Steps between two lines of metrics.jsonl."""
+    sample_tokens: int = 40
+    """Length of the sample text that each evaluation prints and logs; 0: none."""
+    sample_prompt: str = ""
+    """Beginning of the sample texts; empty: the beginning of a document."""
+    tensorboard: bool = False
+    """Write the metrics for TensorBoard too, into the run's tensorboard/ (needs: pip install tensorboard)."""
     seed: int = 1337
     """Seed of the initial weights, the data order and dropout."""
     device: str = "auto"
@@ -179,10 +191,19 @@ class TrainConfig:
     def __post_init__(self):
         at_least = {"batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": 1, "warmup_steps": 0, "eval_interval": 1}
         at_least |= {"eval_tokens": 1, "checkpoint_interval": 1, "log_interval": 1, "grad_clip": 0, "weight_decay": 0, "seed": 0}
+        at_least |= {"patience": 0, "sample_tokens": 0}
         problems = [f"{k}={getattr(self, k)} must be at least {v}" for k, v in at_least.items() if getattr(self, k) < v]
         rates = ("learning_rate", "muon_learning_rate")
         problems += [f"{k}={getattr(self, k)} must be a number above 0" for k in rates if not 0 < getattr(self, k) < float("inf")]
-        problems += [f"{k}={getattr(self, k)} must be at least 0 and below 1" for k in ("beta1", "beta2") if not 0 <= getattr(self, k) < 1]
+        problems += [
+            f"{k}={getattr(self, k)} must be at least 0 and below 1"
+            for k in ("beta1", "beta2", "ema_decay")
+            if not 0 <= getattr(self, k) < 1
+        ]
+        if self.max_tokens is not None and self.max_tokens < 1:
+            problems.append(f"max_tokens={self.max_tokens} must be at least 1")
+        if self.epochs is not None and self.max_tokens is not None:
+            problems.append("epochs and max_tokens both set the length of the run; give one of them")
         if self.epochs is not None and not (self.epochs > 0 and isfinite(self.epochs)):
             problems.append(f"epochs={self.epochs} must be a number above 0")
         if not 0 <= self.final_lr_fraction <= 1:

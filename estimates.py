@@ -1,26 +1,79 @@
 """What a training will cost: memory and time, estimated before it starts."""
 
+import contextlib
 import statistics
 import time
+from pathlib import Path
 
+import numpy as np
 import torch
 
 from config import TrainConfig
-from models import GPT
+from models import CHUNK, GPT, GPU_CHUNK, NextTokenLoss
 from token_files import TrainingData
 
-LIBRARIES = 0.3e9  # what Python and torch take before the first tensor
+ACTIVATIONS = {"gpt2": (14, 4), "qwen3": (16, 5)}  # values kept per token and block, in units of n_embd and of the MLP's width
+LIBRARIES = 0.35e9  # what Python and torch take before the first tensor
+PEAK_FLOPS = {  # dense bfloat16 or float16 with tensor cores, from the makers' data sheets; the first name that fits counts
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10": 125e12,
+    "T4": 65e12,
+    "V100": 125e12,
+    "4090": 165e12,
+    "3090": 71e12,
+}
 
 
-def memory_estimate(model: GPT, config: TrainConfig, dtype) -> float:
-    """Bytes at the peak of a training step, roughly: weights, gradients and optimizer state in float32, activations, logits, libraries."""
+def peak_flops(device: str) -> float | None:
+    """The GPU's floating-point operations per second in half precision, None where it isn't known."""
+    if not device.startswith("cuda"):
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+
+
+def memory_estimate(model: GPT, config: TrainConfig, dtype: torch.dtype, micro_batch: int, device: str) -> float:
+    """Bytes at the peak of a training step, roughly: libraries, weights with gradients and optimizer state, activations, logits."""
     groups = model.parameter_groups(muon=config.optimizer == "muon")
-    states = 12 * sum(p.numel() for p in groups["muon"]) + 16 * sum(p.numel() for p in groups["decay"] + groups["no_decay"])
-    shape, element = model.config, 4 if dtype == torch.float32 else 2
-    per_token = shape.n_layer * (8 * shape.n_embd + element * (8 * shape.n_embd + 3 * shape.mlp_width)) + shape.vocab_size * (
-        8 + 2 * element
+    element = 4 if dtype == torch.float32 else 2
+    each = (
+        4 + 4 + 4 * bool(config.ema_decay) + (element if element < 4 else 0)
+    )  # weights, gradients, running mean, copies in half precision
+    states = (each + 4) * sum(p.numel() for p in groups["muon"]) + (each + 8) * sum(p.numel() for p in groups["decay"] + groups["no_decay"])
+    shape, tokens = model.config, micro_batch * model.config.block_size
+    activations = (
+        tokens * shape.n_layer * (ACTIVATIONS[shape.arch][0] * shape.n_embd + ACTIVATIONS[shape.arch][1] * shape.mlp_width) * element
     )
-    return LIBRARIES + states + config.batch_size * shape.block_size * per_token
+    rows = min(tokens, CHUNK.get(device, GPU_CHUNK))
+    logits = rows * shape.vocab_size * (4 + 2 * element) + 4 * model.wte.weight.numel()  # and the output layer's part of the gradient
+    return LIBRARIES + states + activations + logits
+
+
+def available_memory(device: str) -> float | None:
+    """Bytes that this process could still take, None where the system doesn't tell."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info()[0] + LIBRARIES
+    limits = []
+    with contextlib.suppress(OSError, ValueError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        limits.append(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")))
+    with contextlib.suppress(OSError, ValueError):  # a container's own limit
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()) - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+    return min(limits, default=None)
+
+
+def smaller_batch(model: GPT, config: TrainConfig, dtype: torch.dtype, device: str, limit: float) -> str:
+    """Flags that keep the effective batch and fit into `limit` bytes, as advice for people."""
+    effective = config.batch_size * config.gradient_accumulation_steps
+    for batch in range(config.batch_size - 1, 0, -1):
+        if effective % batch == 0 and memory_estimate(model, config, dtype, batch, device) <= limit:
+            return f"pass --batch_size {batch} --gradient_accumulation_steps {effective // batch}, the same effective batch of {effective}"
+    return "even --batch_size 1 is too large: take a smaller model (--preset nano) or a shorter --block_size"
 
 
 def seconds_per_step(model: GPT, data: TrainingData, config: TrainConfig, device: str, dtype) -> float:
@@ -29,12 +82,12 @@ def seconds_per_step(model: GPT, data: TrainingData, config: TrainConfig, device
     The median of up to five passes, but no more than fit into two seconds, after one to warm up. Weights stay as they are.
     """
     rows = min(config.batch_size, max(1, 4096 // model.config.block_size))
-    batch = torch.from_numpy(data.batch(0, rows).astype("int64")).to(device)
-    times: list[float] = []
+    batch = torch.from_numpy(data.batch(np.arange(rows)).astype("int64")).to(device)
+    objective, times = NextTokenLoss(model), []
     while len(times) < 2 or (len(times) < 6 and sum(times) < 2):
         started = time.perf_counter()
         with torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype != torch.float32):
-            _, loss = model(batch[:, :-1], batch[:, 1:])
+            loss, _ = objective(batch)
         loss.backward()
         model.zero_grad(set_to_none=True)
         if device.startswith("cuda"):

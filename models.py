@@ -170,6 +170,14 @@ class GPT(nn.Module):
         Returns logits (B, T, vocab_size) in the computing precision, and the mean cross-entropy in nats (float32) or None.
         Raises ValueError if the tokens, with those in the cache, are more than block_size.
         """
+        logits = F.linear(self.features(idx, kv_cache), self.wte.weight)  # (B, T, V)
+        if targets is None:
+            return logits, None
+        loss = F.cross_entropy(logits.float().view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=IGNORE)
+        return logits, loss
+
+    def features(self, idx: Tensor, kv_cache: KVCache | None = None) -> Tensor:
+        """What the output layer reads, (B, T, C), at every position of idx (B, T); otherwise as `forward`."""
         past = kv_cache.length if kv_cache is not None else 0
         T = idx.size(1)
         if past + T > self.config.block_size:
@@ -184,11 +192,7 @@ class GPT(nn.Module):
             x = block(x, rotary, layer, kv_cache)
         if kv_cache is not None:
             kv_cache.length = past + T
-        logits = F.linear(self.ln_f(x), self.wte.weight)  # (B, T, V)
-        if targets is None:
-            return logits, None
-        loss = F.cross_entropy(logits.float().view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=IGNORE)
-        return logits, loss
+        return self.ln_f(x)
 
     @property
     def device(self) -> torch.device:
@@ -252,6 +256,58 @@ class GPT(nn.Module):
         """idx (B, T) followed by max_new_tokens sampled tokens, (B, T + max_new_tokens) int64; options as in `stream`."""
         tokens = [token.to(idx.device) for token in self.stream(idx, max_new_tokens, **options)]
         return torch.cat((idx, torch.stack(tokens, dim=1)), dim=1) if tokens else idx
+
+
+CHUNK = {"cpu": 512}  # rows of logits held at once in training: measured on a CPU (MEASUREMENTS.md)
+GPU_CHUNK = 8192
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of F.linear(x, weight) without ever holding all logits: both gradients are made chunk by chunk going forward.
+
+    Gradients stay free of the factor 1/N until the end, so that float16 keeps the small ones.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        with torch.autocast(kind, enabled=False):
+            w = weight.to(dtype)
+            loss, hits = x.new_zeros((), dtype=torch.float32), x.new_zeros((), dtype=torch.float32)
+            x_grad, weight_grad = torch.empty_like(x, dtype=dtype), torch.zeros_like(weight)
+            for start in range(0, len(x), chunk):
+                rows, target = x[start : start + chunk].to(dtype), targets[start : start + chunk, None]
+                log_probs = F.log_softmax(rows @ w.T, dim=-1, dtype=torch.float32)  # (chunk, V)
+                chosen = log_probs.gather(1, target)
+                loss -= chosen.sum()
+                hits += (chosen == log_probs.amax(dim=1, keepdim=True)).sum()
+                grad = log_probs.exp_().scatter_add_(1, target, torch.full_like(chosen, -1.0)).to(dtype)
+                x_grad[start : start + chunk] = grad @ w
+                weight_grad += grad.T @ rows
+        ctx.save_for_backward(x_grad, weight_grad)
+        ctx.x_dtype = x.dtype
+        ctx.mark_non_differentiable(hits)
+        return loss / len(x), hits / len(x)
+
+    @staticmethod
+    def backward(ctx, loss_grad: Tensor, _):
+        x_grad, weight_grad = ctx.saved_tensors
+        factor = loss_grad / len(x_grad)
+        return (x_grad * factor).to(ctx.x_dtype), weight_grad * factor, None, None
+
+
+class NextTokenLoss(nn.Module):
+    """The training objective as a module, so that torch.compile and DistributedDataParallel have one thing to wrap."""
+
+    def __init__(self, model: GPT):
+        super().__init__()
+        self.model = model
+
+    def forward(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """rows: (B, T + 1) int64, windows with the token behind each. Returns mean cross-entropy in nats and token accuracy, float32."""
+        x = self.model.features(rows[:, :-1]).flatten(0, 1)  # (B T, C)
+        return LinearCrossEntropy.apply(x, self.model.wte.weight, rows[:, 1:].flatten(), CHUNK.get(x.device.type, GPU_CHUNK))
 
 
 def sample_token(

@@ -36,34 +36,39 @@ class Muon(torch.optim.Optimizer):
     Differs from torch.optim.Muon in two ways: a weight that holds several maps in its rows (`parts`: q, k, v; gate, up) is
     orthogonalised map by map, and all maps of one shape go through one batched Newton-Schulz iteration.
     The step of a rows x columns matrix is scaled by sqrt(max(1, rows / columns)).
+    As in torch's fused AdamW, a step with the attribute `found_inf` = 1 (a tensor on the device) changes nothing.
     """
 
     def __init__(self, params, lr: float, weight_decay: float, momentum: float = 0.95, parts: dict | None = None, dtype=torch.bfloat16):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
         self.parts = parts or {}
         self.dtype = dtype
+        self.found_inf: Tensor | None = None
 
     @torch.no_grad()
     def step(self, closure=None):
         assert closure is None, "Muon takes no closure"
+        skip = self.found_inf
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+            rate = group["lr"] if skip is None else group["lr"] * (1 - skip)
             for p in group["params"]:
                 if p.grad is None:
                     continue
                 if "momentum_buffer" not in self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
                 buffer = self.state[p]["momentum_buffer"]
-                buffer.lerp_(p.grad, 1 - group["momentum"])
-                update = p.grad.lerp(buffer, group["momentum"])  # Nesterov
-                p.mul_(1 - group["lr"] * group["weight_decay"])
+                grad = p.grad if skip is None else p.grad.where(skip == 0, buffer)  # then buffer stays as it is
+                buffer.lerp_(grad, 1 - group["momentum"])
+                update = grad.lerp(buffer, group["momentum"])  # Nesterov
+                p.mul_(1 - rate * group["weight_decay"])
                 rows = self.parts.get(p, p.size(0))
                 for weight, direction in zip(p.split(rows), update.split(rows)):
                     by_shape[weight.shape].append((weight, direction))
             for shape, pairs in by_shape.items():
                 directions = orthogonalize(torch.stack([direction for _, direction in pairs]), self.dtype)
-                scale = group["lr"] * math.sqrt(max(1.0, shape[0] / shape[1]))
-                torch._foreach_add_([weight for weight, _ in pairs], list(directions.float().unbind()), alpha=-scale)
+                steps = directions.float() * (rate * -math.sqrt(max(1.0, shape[0] / shape[1])))
+                torch._foreach_add_([weight for weight, _ in pairs], list(steps.unbind()))
 
 
 def make_optimizers(model: GPT, config: TrainConfig, dtype: torch.dtype) -> list[torch.optim.Optimizer]:

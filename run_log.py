@@ -26,8 +26,10 @@ class MetricsLog:
     Each complete checkpoint remembers the file's length and CRC-32 at its moment; a resume goes back to it.
     """
 
-    def __init__(self, path: Path, resumed: tuple[Path, dict[str, int]] | None = None):
+    def __init__(self, path: Path, resumed: tuple[Path, dict[str, int]] | None = None, tensorboard_from: int | None = None):
         """Open the log for appending. resumed: the log to go on with (this one or another run's) and its remembered state.
+
+        tensorboard_from: write the same values for TensorBoard from this step on, into tensorboard/ beside the log.
 
         Raises ValueError, before anything is written, if that log's beginning is no longer what it was.
         """
@@ -40,12 +42,28 @@ class MetricsLog:
         write_atomically(path, lambda file: file.write(beginning))
         self.file = open(path, "ab")  # noqa: SIM115
         self.crc = zlib.crc32(beginning)
+        self.board = None
+        if tensorboard_from is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(path.parent / "tensorboard"), purge_step=tensorboard_from)
 
     def write(self, **values) -> None:
         line = (json.dumps({key: value if finite(value) else None for key, value in values.items()}) + "\n").encode()
         self.file.write(line)
         self.file.flush()
         self.crc = zlib.crc32(line, self.crc)
+        if self.board is not None:
+            self._write_board(values)
+
+    def _write_board(self, values: dict) -> None:
+        step = values["step"]
+        numbers = values | {f"{name}/{key}": value for name, other in values.get("also", {}).items() for key, value in other.items()}
+        for name, value in numbers.items():
+            if isinstance(value, (int, float)) and name != "step":
+                self.board.add_scalar(name.replace("val_", "validation/"), value, step)
+        if values.get("sample"):
+            self.board.add_text("sample", values["sample"], step)
 
     def state(self) -> dict[str, int]:
         """Length and checksum of all lines so far, which are durable from here on."""
@@ -54,6 +72,8 @@ class MetricsLog:
 
     def close(self) -> None:
         self.file.close()
+        if self.board is not None:
+            self.board.close()
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -80,7 +100,7 @@ def plot_losses(run: Path, floor: float | None = None) -> None:
     from matplotlib import pyplot as plt
 
     lines = read_metrics(run / METRICS)
-    train = [(line["step"], line["loss"], line["lr_factor"]) for line in lines if "loss" in line]
+    train = [(line["step"], line["loss"], line["lr_factor"]) for line in lines if line.get("loss") is not None]
     val = [(line["step"], line["val_loss"]) for line in lines if "val_loss" in line]
     figure, axes = plt.subplots(figsize=(9, 5), dpi=110)
     if train:
@@ -92,6 +112,10 @@ def plot_losses(run: Path, floor: float | None = None) -> None:
         rate_axes.set_ylim(0, 1.05)
     if val:
         axes.plot(*zip(*val), color="tab:orange", marker="o", markersize=4, label="validation")
+    for name in dict.fromkeys(name for line in lines for name in line.get("also", {})):
+        also = [(line["step"], line["also"][name]["loss"]) for line in lines if name in line.get("also", {})]
+        axes.plot(*zip(*also), marker="o", markersize=3, linestyle="--", label=f"validation, {name}")
+        val = val + also
     if floor is not None:
         axes.axhline(floor, color="tab:green", linestyle="--", linewidth=1, label=f"a perfect model ({floor:.3f})")
     values = sorted([loss for _, loss, _ in train] + [loss for _, loss in val])

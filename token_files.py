@@ -296,12 +296,21 @@ class TrainingData:
             kept[epoch] = epoch_starts(self.seed, source, epoch, len(self.sources[source]), self.block_size)
         return kept[epoch]
 
-    def batch(self, first: int, count: int) -> np.ndarray:
-        """Samples first, first + 1, ... as windows of block_size tokens and the one behind them: (count, block_size + 1) uint16."""
-        source, within = assign(np.arange(first, first + count, dtype=np.int64), self.weights)
-        rows = np.empty((count, self.block_size + 1), DTYPE)
-        for row, (s, i) in enumerate(zip(source.tolist(), within.tolist())):
-            epoch, at = divmod(i, self.windows[s])
-            start = self.order(s, epoch)[at]
-            rows[row] = self.sources[s][start : start + self.block_size + 1]
+    def locate(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Sample numbers (n,) int64 -> the source of each sample and where its window starts there, both (n,) int64."""
+        source, within = assign(index, self.weights)
+        start = np.empty_like(index)
+        epoch, at = np.divmod(within, np.asarray(self.windows)[source])
+        for s, e in set(zip(source.tolist(), epoch.tolist())):
+            mine = (source == s) & (epoch == e)
+            start[mine] = self.order(s, e)[at[mine]]
+        return source, start
+
+    def batch(self, index: np.ndarray) -> np.ndarray:
+        """Samples by their numbers (n,) int64, as windows of block_size tokens and the one behind them: (n, block_size + 1) uint16."""
+        source, start = self.locate(index)
+        rows = np.empty((len(index), self.block_size + 1), DTYPE)
+        for s in set(source.tolist()):
+            mine = source == s
+            rows[mine] = self.sources[s][start[mine, None] + np.arange(self.block_size + 1)]
         return rows

@@ -63,6 +63,16 @@ class TextTokenizer:
         self.byte_level = self._is_byte_level()
         self.loss_reason = None if self.byte_level else self._why_lossy()
 
+    def same_ids(self, other: "TextTokenizer") -> bool:
+        """Whether both give every text the same ids, though their files may be formatted differently."""
+
+        def essence(t: TextTokenizer) -> tuple:
+            pre = {k: v for k, v in (t.description["pre_tokenizer"] or {}).items() if k != "trim_offsets"}
+            model = {k: v for k, v in t.description["model"].items() if k in ("type", "merges", "unk_token", "continuing_subword_prefix")}
+            return t.tokenizer.get_vocab(with_added_tokens=True), model, pre, t.description["normalizer"]
+
+        return self.sha256 == other.sha256 or essence(self) == essence(other)
+
     def _is_byte_level(self) -> bool:
         d = self.description
         splitter = d["pre_tokenizer"] or {}

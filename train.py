@@ -4,6 +4,8 @@
     python train.py --data_dir ./data_stories --preset mini --max_steps 2000 --out_dir ./checkpoints/stories
     python train.py --dataset path/to/dataset.txt --epochs 10 --batch_size 32
     python train.py --preset nano --resume auto
+    python train.py --init_from checkpoints/stories --dataset book.txt --also_eval ./data_stories
+    torchrun --nproc_per_node=2 train.py --preset nano
 
 A flag overrides `--preset`, which overrides what stands in config.py. Every field of GPTConfig and TrainConfig is a flag.
 """
@@ -11,21 +13,23 @@ A flag overrides `--preset`, which overrides what stands in config.py. Every fie
 from utils import (
     StopSignal,
     choose_device,
+    choose_precision,
     given_flags,
     needs_packages,
     normalize_flags,
     notice,
     parse_command_line,
     run_script,
+    write_atomically,
 )
 
 with needs_packages():
     import dataclasses
     import hashlib
+    import importlib.util
     import math
     import sys
     import time
-    from collections.abc import Callable
     from dataclasses import dataclass, field
     from pathlib import Path
     from typing import get_args
@@ -35,8 +39,10 @@ with needs_packages():
     import checkpoints_io as ckpt
     import config as settings
     from config import PRESETS, Arch, GPTConfig, TrainConfig
-    from estimates import duration, memory_estimate, seconds_per_step
+    from estimates import available_memory, duration, memory_estimate, seconds_per_step, smaller_batch
+    from finetuning import check_tokenizer, read_source, source_shape, weights_for, with_values
     from models import GPT
+    from parallel import Processes
     from run_log import METRICS, MetricsLog, plot_losses, write_config
     from token_files import META, DataDirectory, TrainingData, parse_weighted
     from tokenizers_io import TextTokenizer, make_tokenizer
@@ -44,6 +50,7 @@ with needs_packages():
 
 # What may change when a run is resumed; everything else would make it another run.
 CHANGEABLE = {"max_steps", "epochs", "eval_interval", "eval_tokens", "checkpoint_interval", "keep_checkpoints", "log_interval"}
+CHANGEABLE |= {"max_tokens", "patience", "sample_tokens", "sample_prompt", "tensorboard"}
 CHANGEABLE |= {"device", "dtype", "compile", "warmup_steps", "learning_rate", "muon_learning_rate"}
 FAMILY_FIELDS = {"bias": None, "n_kv_head": None, "rope_theta": None}
 LONG_ON_CPU = 6 * 3600  # seconds
@@ -65,6 +72,10 @@ class Arguments:
     """nano, mini, tiny, small or medium: a model and the training values that go with it."""
     resume: str | None = None
     """auto: continue the run in the run directory if there is one, else start it. Or the path of a run or step checkpoint."""
+    init_from: str | None = None
+    """Start from the weights of a checkpoint, run directory, HF folder (GPT-2 or Qwen3) or gpt2, with fine-tuning's rates and length."""
+    also_eval: tuple[str, ...] = ()
+    """Further data directories to evaluate on while training, e.g. the old domain; the best model is chosen by the first --data_dir."""
     overwrite: bool = False
     """Delete the run that occupies the run directory and start afresh."""
     export: tuple[str, ...] = ()
@@ -99,10 +110,16 @@ def read_arguments(argv: list[str] | None) -> tuple[Arguments, set[str]]:
         raise ValueError("give either --data_dir or --dataset, not both")
     if args.resume is not None and args.overwrite:
         raise ValueError("--resume continues a run and --overwrite deletes it; give one of them")
-    if "max_steps" in given_flags(words) and "epochs" in given:
-        raise ValueError("--max_steps and --epochs both set the length of the run; give one of them")
-    if "max_steps" in given_flags(words):
-        args, given = dataclasses.replace(args, train=dataclasses.replace(args.train, epochs=None)), given | {"epochs"}
+    lengths = [name for name in ("max_steps", "epochs", "max_tokens") if name in given_flags(words)]
+    if len(lengths) > 1:
+        raise ValueError(f"--{' and --'.join(lengths)} both set the length of the run; give one of them")
+    if lengths:  # replaces whatever length config.py or a preset sets
+        others = {name: None for name in ("epochs", "max_tokens") if name not in lengths}
+        args, given = dataclasses.replace(args, train=dataclasses.replace(args.train, **others)), given | others.keys()
+    if args.init_from is not None and preset is not None:
+        raise ValueError("--preset chooses a shape and --init_from brings its own; leave --preset out")
+    if args.train.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ValueError("--tensorboard needs the package tensorboard; run: pip install tensorboard")
     return args, given
 
 
@@ -143,10 +160,28 @@ def prepare_dataset(args: Arguments, given: set[str], run: Path, resuming: bool)
     return run / "data"
 
 
-def open_data(args: Arguments, given: set[str], run: Path, resuming: bool) -> tuple[list[DataDirectory], list]:
-    """The data directories and their weights."""
+def source_tokenizer(args: Arguments, source: dict, run: Path) -> Path:
+    """The source's tokenizer as a file in the run directory. Raises ValueError if another one is asked for."""
+    if args.tokenizer is not None:
+        raise ValueError("--init_from brings its own tokenizer; leave --tokenizer out")
+    path = run / "tokenizer.json"
+    if not path.is_file() or not ckpt.is_occupied(run):
+        run.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda file: file.write(source["tokenizer"].encode()))
+    return path
+
+
+def open_data(
+    args: Arguments, given: set[str], run: Path, resuming: bool, source: dict | None, processes: Processes
+) -> tuple[list[DataDirectory], list]:
+    """The data directories and their weights. source: the model of --init_from, whose tokenizer prepares --dataset."""
     if args.dataset is not None:
-        return [DataDirectory(prepare_dataset(args, given, run, resuming))], [None]
+        if processes.first:
+            if source is not None:
+                args = dataclasses.replace(args, tokenizer=str(source_tokenizer(args, source, run)))
+            prepare_dataset(args, given, run, resuming)
+        processes.wait()
+        return [DataDirectory(run / "data")], [None]
     names, weights = zip(*map(parse_weighted, args.data_dir))
     if args.tokenizer in ("bpe", "char"):
         raise ValueError(f"--tokenizer {args.tokenizer} is trained on text; for token files give the path of their tokenizer.json")
@@ -166,12 +201,14 @@ def fit_to_data(args: Arguments, given: set[str], tokenizer: TextTokenizer) -> G
 
 
 def fix_length(config: TrainConfig, keep_warmup: bool, data: TrainingData) -> TrainConfig:
-    """The configuration with epochs turned into steps, and warmup at most a tenth of the run unless it is to be kept."""
-    max_steps = config.max_steps
+    """The configuration with epochs or tokens turned into steps, and warmup at most a tenth of the run unless it is to be kept."""
+    max_steps, windows = config.max_steps, config.batch_size * config.gradient_accumulation_steps
+    if config.max_tokens is not None:
+        max_steps = math.ceil(config.max_tokens / (windows * data.block_size))
     if config.epochs is not None:
         if data.mixed:
-            raise ValueError("--epochs has no meaning for weighted directories; give --max_steps")
-        max_steps = max(1, math.ceil(config.epochs * data.samples_per_epoch / (config.batch_size * config.gradient_accumulation_steps)))
+            raise ValueError("--epochs has no meaning for weighted directories; give --max_steps or --max_tokens")
+        max_steps = max(1, math.ceil(config.epochs * data.samples_per_epoch / windows))
     warmup = config.warmup_steps if keep_warmup else min(config.warmup_steps, max_steps // 10)
     return dataclasses.replace(config, max_steps=max_steps, warmup_steps=warmup)
 
@@ -184,19 +221,20 @@ def merge_resumed(args: Arguments, given: set[str], content: dict) -> tuple[GPTC
         values = saved[kind].copy()
         for name in [f.name for f in dataclasses.fields(kind) if f.name in given]:
             value = getattr(now, name)
-            if value != values[name] and name not in CHANGEABLE:
+            if value != values.get(name) and name not in CHANGEABLE:
                 raise ValueError(
-                    f"the run to resume has {name}={values[name]}, not {value}; leave the flag out, or start in another --out_dir"
+                    f"the run to resume has {name}={values.get(name)}, not {value}; leave the flag out, or start in another --out_dir"
                 )
             values[name] = value
         merged.append(kind(**values))
     return merged[0], merged[1]
 
 
-def announce(run: Run) -> None:
+def announce(run: Run, memory: float) -> None:
     """Print what is about to happen: size, data, length, precision, memory and an honest estimate of the time."""
     model, data, config, device, tokens = run.model, run.data, run.config, run.device, run.tokens_per_step
     shape, steps_left = model.config, run.config.max_steps - run.progress.step
+    processes = f" on {run.processes.count} processes" if run.processes.count > 1 else ""
     epochs = config.max_steps * tokens / (data.samples_per_epoch * shape.block_size)
     notice(
         f"model      {shape.arch}, {shape.n_layer} layers x {shape.n_embd}, {shape.n_head} heads, block {shape.block_size}, "
@@ -208,124 +246,162 @@ def announce(run: Run) -> None:
         f"validation on the first {len(run.prefix.tokens):,} tokens of {run.names[0]}"
     )
     notice(
-        f"run        {config.max_steps:,} steps of {tokens:,} tokens ({config.batch_size} x {config.gradient_accumulation_steps} windows) "
-        f"= {epochs:.2f} epochs; {config.optimizer}, warmup {config.warmup_steps} steps, {config.lr_schedule} decay"
+        f"run        {config.max_steps:,} steps of {tokens:,} tokens (effective batch: {config.batch_size} x "
+        f"{config.gradient_accumulation_steps} windows{processes}) = {epochs:.2f} epochs; "
+        f"{config.optimizer}, warmup {config.warmup_steps} steps, {config.lr_schedule} decay"
     )
     why, compiling = run.precision[1], run.compiling
     notice(f"precision  {run.environment()['dtype']} on {device}: {why}; compile {compiling[0]}: {compiling[1]}")
-    notice(f"memory     about {memory_estimate(model, config, run.dtype) / 1e9:.1f} GB")
-    seconds = steps_left * seconds_per_step(model, data, config, device, run.dtype)
+    notice(f"memory     about {memory / 1e9:.1f} GB{' in each process' if processes else ''}")
+    seconds = steps_left * seconds_per_step(model, data, config, device, run.dtype) / run.processes.count
     notice(f"time       about {duration(seconds)} for {steps_left:,} steps at the speed just measured, plus evaluations")
     if device == "cpu" and seconds > LONG_ON_CPU:
         directories = "" if run.names == ["./data"] else " --data_dir " + " ".join(run.names)
         notice(f"           that is long; for a model in minutes: python train.py --preset nano{directories} --out_dir checkpoints/nano")
 
 
-def find_resumed(args: Arguments, run: Path) -> tuple[Path, dict] | None:
-    """The step checkpoint that --resume asks for; None to start from the beginning. Raises FileNotFoundError, ValueError."""
-    if args.resume is None:
-        return None
-    if args.resume != "auto" and Path(args.resume).is_file():
-        content = ckpt.load_checkpoint(Path(args.resume))
-        if "resume" not in content:
-            raise ValueError(f"{args.resume} holds weights only and can't be resumed; give a step_*.pt or the run directory")
-        return Path(args.resume), content
-    found = ckpt.newest_checkpoint(run if args.resume == "auto" else Path(args.resume))
-    if found is None and args.resume != "auto":
-        raise FileNotFoundError(f"no checkpoint at {args.resume}; give a run directory or a step_*.pt, or start without --resume")
-    return found
+def open_also(names: tuple[str, ...], first: DataDirectory) -> list[DataDirectory]:
+    """The directories of --also_eval. Raises ValueError for one with another tokenizer."""
+    also = [DataDirectory(name, first.tokenizer) for name in names]
+    for directory in also:
+        if not directory.tokenizer.same_ids(first.tokenizer):
+            raise ValueError(
+                f"--also_eval {directory.name} has another tokenizer than {first.name}; prepare it with --tokenizer {first.name}"
+            )
+    return also
 
 
-def is_claimed(args: Arguments, run: Path, same_run: Callable[[dict], bool], max_steps: int) -> bool:
-    """Whether a new run's directory holds that very run, finished. Raises ValueError if it holds another one that must not be deleted."""
-    if args.overwrite or not ckpt.is_occupied(run):
-        return False
-    newest = ckpt.newest_checkpoint(run)
-    if newest is not None and same_run(newest[1]) and newest[1]["step"] >= max_steps:
-        return True
-    best = run / ckpt.BEST
-    if args.resume == "auto" and newest is None and (not best.exists() or same_run(ckpt.load_checkpoint(best))):
-        return False  # this run, begun, but stopped before its first complete checkpoint
-    raise ValueError(f"{run} holds another run; continue it with --resume auto, delete it with --overwrite, or choose another --out_dir")
+def check_memory(model_config: GPTConfig, config: TrainConfig, device: str, processes: Processes) -> float:
+    """The estimated bytes at the peak of a training step, in all processes of this machine. Raises ValueError if they aren't there."""
+    with torch.device("meta"):
+        model = GPT(model_config)
+    dtype, micro_batch = choose_precision(device, config.dtype)[0], max(1, config.batch_size // processes.count)
+    needed, free = memory_estimate(model, config, dtype, micro_batch, device), available_memory(device)
+    together = processes.count if device == "cpu" else 1
+    if free is not None and needed * together > free:
+        advice = smaller_batch(model, config, dtype, device, free / together)
+        raise ValueError(f"this training needs about {needed * together / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free; {advice}")
+    return needed
 
 
-def check_branch(resumed: tuple[Path, dict], run: Path) -> None:
-    """Refuse to resume where newer checkpoints would be mixed with those to come, or into another run's directory. Raises ValueError."""
-    path, _ = resumed
-    if path.parent.resolve() != run.resolve():
-        if ckpt.is_occupied(run):
-            raise ValueError(f"{run} holds a run already; choose another --out_dir to continue {path} in")
-        return
-    newer = [p for p in ckpt.step_checkpoints(run) if p.name > path.name]
-    for damaged in [p for p in newer if not ckpt.is_whole(p)]:
-        damaged.rename(damaged.with_suffix(".pt.damaged"))
-        newer.remove(damaged)
-    if newer:
-        raise ValueError(f"{run} goes on to {newer[0].name}; delete what is newer than {path.name}, or continue in another --out_dir")
-
-
-def main(argv: list[str] | None = None) -> int:
-    args, given = read_arguments(argv)
-    run_path = run_directory(args)
-    if args.export:
-        import export_model
-
-        export_model.check_formats(args.export)
-    device = choose_device(args.train.device)
-    resumed = find_resumed(args, run_path)
-    directories, weights = open_data(args, given, run_path, resumed is not None)
+def train(args: Arguments, given: set[str], run_path: Path, device: str, processes: Processes) -> int:
+    """The stage, once the command line is read. Returns the exit code."""
+    resumed = ckpt.find_resumed(args.resume, run_path)
+    source = read_source(args.init_from) if args.init_from is not None and resumed is None else None
+    directories, weights = open_data(args, given, run_path, resumed is not None, source, processes)
     if resumed is not None:
         model_config, config = merge_resumed(args, given - {"vocab_size"}, resumed[1])
+    elif source is not None:
+        check_tokenizer(source, directories[0].tokenizer, directories[0].name)
+        model_config, config = source_shape(source, args.model, given), with_values(args.train, given)
     else:
         model_config, config = fit_to_data(args, given, directories[0].tokenizer), args.train
     data = TrainingData(directories, weights, model_config.block_size, config.seed)
     config = fix_length(config, "warmup_steps" in given or resumed is not None, data)
+    also = open_also(args.also_eval, directories[0])
+    origin = source and source["origin"]
 
     def same_run(content: dict) -> bool:
         same_config = content["model_config"] == dataclasses.asdict(model_config) and content["train_config"] == dataclasses.asdict(config)
-        return same_config and content["data"] == data.fingerprint
+        return same_config and content["data"] == data.fingerprint and content.get("init_from") == origin
+
+    def finished(content: dict) -> bool:
+        progress = content["resume"]["progress"]
+        early = 0 < config.patience <= progress["evaluations_since_best"]
+        return (content["step"] >= config.max_steps or early) and not progress["evaluation_due"]
 
     if resumed is not None and resumed[1]["data"] != data.fingerprint:
         raise ValueError(f"{resumed[0]} was trained on other data; give its --data_dir, or another --out_dir")
-    if resumed is not None:
-        finished = resumed[1]["step"] >= config.max_steps and not resumed[1]["resume"]["progress"]["evaluation_due"]
-    else:
-        finished = is_claimed(args, run_path, same_run, config.max_steps)
-    if finished:
-        print(f"{run_path} holds this very run, finished at step {resumed[1]['step'] if resumed else config.max_steps}")
+    if resumed is not None and args.init_from is not None and (resumed[1].get("init_from") or {}).get("name") != args.init_from:
+        raise ValueError(f"{resumed[0]} did not start from {args.init_from}; leave --init_from out, or choose another --out_dir")
+    done = finished(resumed[1]) if resumed else not args.overwrite and ckpt.is_claimed(run_path, args.resume, same_run, finished)
+    if done:
+        if processes.first:
+            print(f"{run_path} holds this very run, finished at step {(resumed or ckpt.newest_checkpoint(run_path))[1]['step']}")
         return 0
+    memory = check_memory(model_config, config, device, processes)
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it
-    run = Run(run_path, GPT(model_config).to(device), config, data, directories, device)
+    model = GPT(model_config).to(device)
+    if source is not None:
+        ckpt.load_weights(model, weights_for(source, model_config), args.init_from)
+    run = Run(run_path, model, config, data, directories, device, processes, also, origin)
+    processes.wait()  # until all have read what rank 0 is going to change
     if resumed is not None:
-        check_branch(resumed, run_path)
+        if processes.first:
+            ckpt.check_branch(resumed[0], run_path)
         run.restore(*resumed)
-    announce(run)
-    run_path.mkdir(parents=True, exist_ok=True)
-    if resumed is None:
-        ckpt.clear_run(run_path)
-    write_config(run_path, model_config, config, {"data": dict(zip(run.names, data.fingerprint)), "environment": run.environment()})
+    announce(run, memory)
+    metrics = open_log(run, resumed, model_config, config) if processes.first else None
     started = time.perf_counter()
-    metrics = MetricsLog(run_path / METRICS, resumed and (resumed[0].parent / METRICS, resumed[1]["resume"]["metrics"]))
     try:
         with StopSignal() as stop:
             run.train(metrics, stop)
     except FloatingPointError as error:
         notice(f"error: {error}")
         return 1
-    except torch.OutOfMemoryError:
-        raise ValueError("the GPU's memory is full; halve --batch_size and double --gradient_accumulation_steps") from None
     finally:
-        metrics.close()
+        if metrics is not None:
+            metrics.close()
+    if not processes.first:
+        return 128 + stop.number if stop else 0
     plot_losses(run_path, run.floor(len(run.prefix.tokens) / math.log(2)))
     if stop:
         notice(f"stopped by signal {stop.number} at step {run.progress.step}, everything saved; continue with --resume auto")
         return 128 + stop.number
-    print(f"{run_path}: {run.progress.step} steps in {duration(time.perf_counter() - started)}, {run.describe(run.last_summary)}")
-    if args.export and not export_model.export(run_path / ckpt.BEST, args.export, run_path):
-        return 1
+    early = ", stopped early: no better validation loss any more" if run.progress.step < config.max_steps else ""
+    elapsed = duration(time.perf_counter() - started)
+    print(f"{run_path}: {run.progress.step} steps in {elapsed}, {run.describe(run.last_summary)}{early}")
+    if args.export:
+        import export_model
+
+        if not export_model.export(run_path / ckpt.BEST, args.export, run_path):
+            return 1
     notice(f'next: python generate.py --checkpoint {run_path} --prompt "Once upon a time"')
     return 0
+
+
+def open_log(run: Run, resumed: tuple[Path, dict] | None, model_config: GPTConfig, config: TrainConfig) -> MetricsLog:
+    """Make the run directory ready: cleared for a new run, its log cut to where a resumed one stood."""
+    run.directory.mkdir(parents=True, exist_ok=True)
+    if resumed is None:
+        ckpt.clear_run(run.directory)
+    extra = {"data": dict(zip(run.names, run.fingerprint)), "init_from": run.source, "environment": run.environment()}
+    write_config(run.directory, model_config, config, extra)
+    write_atomically(run.directory / "tokenizer.json", lambda file: file.write(run.tokenizer.json.encode()))
+    earlier = (resumed[0].parent / METRICS, resumed[1]["resume"]["metrics"]) if resumed else None
+    return MetricsLog(run.directory / METRICS, earlier, run.progress.step + 1 if config.tensorboard else None)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args, given = read_arguments(argv)
+    if args.export:
+        import export_model
+
+        export_model.check_formats(args.export)
+    processes = Processes()
+    device = processes.start(choose_device(args.train.device))
+    try:
+        return train(args, given, run_directory(args), device, processes)
+    except RuntimeError as error:
+        text = " ".join(str(error).split())
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in text:
+            config = args.train
+            effective, half = config.batch_size * config.gradient_accumulation_steps, max(1, config.batch_size // 2)
+            raise ValueError(
+                f"the memory of {device} is full; pass --batch_size {half} --gradient_accumulation_steps {-(-effective // half)} "
+                "(the same effective batch), a shorter --block_size or a smaller --preset"
+            ) from None
+        if processes.count > 1 and any(word in text for word in ("gloo", "NCCL", "onnection", "peer", "imed out")):
+            print(
+                f"error: rank {processes.rank}: another process of this run has ended or can't be reached; "
+                f"start it again with --resume auto ({text[:100]})",
+                file=sys.stderr,
+            )
+            return 1
+        raise
+    finally:
+        processes.stop()
 
 
 if __name__ == "__main__":

@@ -1,61 +1,67 @@
 """The training itself: one optimizer step as a pure function of its number, and the loop with evaluations and checkpoints around it."""
 
+import contextlib
+import copy
 import dataclasses
 import hashlib
 import math
+import signal
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 import checkpoints_io as ckpt
 from config import TrainConfig
-from measures import Prefix, score_tokens, split_prefix, summarize
-from models import GPT
+from estimates import peak_flops
+from measures import score_tokens, split_prefix, summarize
+from models import GPT, NextTokenLoss
 from optimizers import lr_factor, make_optimizers, set_learning_rates
+from parallel import Processes
 from run_log import MetricsLog
 from token_files import DataDirectory, TrainingData
 from utils import StopSignal, choose_compile, choose_precision, notice
 
+SKIPS_IN_A_ROW = 5  # steps without a finite loss and gradient before a run ends
+SKIPS_IN_A_ROW_FP16 = 30  # there a skipped step halves the loss scale, and the first ones are expected
 
-def step_seed(seed: int, step: int, micro_step: int) -> int:
+
+def step_seed(seed: int, step: int, micro_step: int, rank: int) -> int:
     """Seed of dropout: a pure function, so that nothing else that draws random numbers changes a training."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{step}/{micro_step}".encode(), digest_size=8).digest(), "big") >> 1
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{step}/{micro_step}/{rank}".encode(), digest_size=8).digest(), "big") >> 1
 
 
-def training_step(model, raw_model: GPT, optimizers, scaler, data: TrainingData, config: TrainConfig, step: int, device: str, dtype):
-    """Optimizer step number `step` (0, 1, ...). model: raw_model or its compiled form.
+class Batches:
+    """Windows of the training data as tensors on the device.
 
-    Returns mean loss in nats, token accuracy and norm of the gradient before clipping, as tensors on the device.
+    resident: keep all tokens on the device and gather there (on a GPU with room for them), so that a step sends it a few numbers only.
     """
-    set_learning_rates(optimizers, lr_factor(step, config))
-    accumulation, kind = config.gradient_accumulation_steps, torch.device(device).type
-    loss_sum, hits = 0.0, 0.0
-    for micro_step in range(accumulation):
-        first = (step * accumulation + micro_step) * config.batch_size
-        rows = torch.from_numpy(data.batch(first, config.batch_size).astype("int64")).to(device, non_blocking=True)  # (B, T + 1)
-        if raw_model.config.dropout:
-            torch.manual_seed(step_seed(config.seed, step, micro_step))
-        with torch.autocast(kind, dtype=dtype, enabled=dtype != torch.float32):
-            logits, loss = model(rows[:, :-1], rows[:, 1:])
-        scaler.scale(loss / accumulation).backward()
-        loss_sum = loss_sum + loss.detach() / accumulation
-        if (step + 1) % config.log_interval == 0:
-            hits = hits + (logits.detach().argmax(dim=-1) == rows[:, 1:]).float().mean() / accumulation
-        del logits
-    for optimizer in optimizers:
-        scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf)
-    if not scaler.is_enabled() or torch.isfinite(norm):  # float16 overflows now and then: skip the step for all, lower the scale
-        for optimizer in optimizers:
-            scaler.step(optimizer)
-    scaler.update()
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
-    return loss_sum, hits, norm
+
+    def __init__(self, data: TrainingData, device: str, resident: bool | None = None):
+        self.data, self.device = data, device
+        if resident is None:
+            resident = device.startswith("cuda") and sum(source.nbytes for source in data.sources) < torch.cuda.mem_get_info()[0] // 4
+        self.tokens: Tensor | None = None
+        if resident:  # as int16, since torch can't index uint16 everywhere
+            self.tokens = torch.cat([torch.from_numpy(np.array(source).view(np.int16)).to(device) for source in data.sources])
+            self.first = np.cumsum([0] + [len(source) for source in data.sources])  # where each source begins
+            self.span = torch.arange(data.block_size + 1, device=device)
+
+    def __call__(self, index: np.ndarray) -> Tensor:
+        """Samples by their numbers (B,) -> (B, block_size + 1) int64."""
+        if self.tokens is None:
+            return self._send(torch.from_numpy(self.data.batch(index).astype(np.int64)))
+        source, start = self.data.locate(index)
+        start = self._send(torch.from_numpy(self.first[source] + start))
+        return self.tokens[start[:, None] + self.span].long() & 0xFFFF
+
+    def _send(self, values: Tensor) -> Tensor:
+        return values.pin_memory().to(self.device, non_blocking=True) if self.device.startswith("cuda") else values.to(self.device)
 
 
 @dataclass
@@ -64,31 +70,159 @@ class Progress:
 
     step: int = 0
     best_val_loss: float = math.inf
+    evaluations_since_best: int = 0
     evaluation_due: bool = False  # a signal came before the evaluation that belongs to `step`
+    skipped_steps: int = 0  # their loss or gradient was no finite number
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step. loss: mean in nats; accuracy: of its tokens; norm: of the gradient before clipping; tensors on the device."""
+
+    loss: Tensor
+    accuracy: Tensor
+    norm: Tensor
 
 
 class Run:
-    """A training in its run directory: the loop, its evaluations and checkpoints."""
+    """A training in its run directory: the loop, its evaluations and checkpoints.
 
-    def __init__(self, run: Path, model: GPT, config: TrainConfig, data: TrainingData, directories: list[DataDirectory], device: str):
-        self.directory, self.model, self.config, self.data, self.device = run, model, config, data, device
+    directories: the data; the first one's validation split chooses the best model. also: further directories to evaluate on.
+    source: what the weights came from, None for random ones.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        model: GPT,
+        config: TrainConfig,
+        data: TrainingData,
+        directories: list[DataDirectory],
+        device: str,
+        processes: Processes | None = None,
+        also: list[DataDirectory] | None = None,
+        source: dict | None = None,
+    ):
+        self.directory, self.model, self.config, self.data, self.device, self.source = run, model, config, data, device, source
+        self.processes = processes or Processes()
         self.names = [directory.name for directory in directories]
         self.tokenizer = directories[0].tokenizer
         self.fingerprint = data.fingerprint
-        self.prefix: Prefix = split_prefix(directories[0], "val", config.eval_tokens)
+        self.prefix = split_prefix(directories[0], "val", config.eval_tokens)
+        self.also = {directory.name: split_prefix(directory, "val", config.eval_tokens) for directory in also or []}
         self.precision = choose_precision(device, config.dtype)
         self.dtype = self.precision[0]
         self.optimizers = make_optimizers(model, config, self.dtype)
         self.scaler = torch.amp.GradScaler(torch.device(device).type, enabled=self.dtype == torch.float16)
         self.compiling = choose_compile(device, config.compile, model.flops_per_token() * config.max_steps * self.tokens_per_step)
-        self.progress = Progress()
-        self.last: tuple[torch.Tensor, torch.Tensor] | None = None  # loss and gradient norm of the last step
+        self.batches = Batches(data, device)
+        self.micro_steps, self.micro_batch = self.share_of_step()
+        self.objective: torch.nn.Module = NextTokenLoss(model)
+        self.ema = copy.deepcopy(model).requires_grad_(False) if config.ema_decay else None
+        self.progress = Progress(evaluation_due=source is not None)  # what does the model know before it learns?
+        self.last: StepResult | None = None
+        self.skipped = torch.zeros(2, device=device)  # steps skipped in a row, and in all since the last look
         self.timed_steps, self.seconds = 0, 0.0
         self.last_summary: dict = {}
+        self.peak_flops = peak_flops(device)
+
+    def share_of_step(self) -> tuple[int, int]:
+        """Forward passes of a step in this process, and windows in each. Raises ValueError if a step can't be divided equally."""
+        batch, accumulation, count = self.config.batch_size, self.config.gradient_accumulation_steps, self.processes.count
+        if accumulation % count == 0:
+            return accumulation // count, batch
+        if batch % count == 0:
+            return accumulation, batch // count
+        raise ValueError(
+            f"gradient_accumulation_steps={accumulation} and batch_size={batch}: neither can be divided by {count} processes; "
+            f"give --gradient_accumulation_steps {-(-accumulation // count) * count}"
+        )
 
     @property
     def tokens_per_step(self) -> int:
         return self.config.batch_size * self.config.gradient_accumulation_steps * self.model.config.block_size
+
+    @property
+    def evaluated(self) -> GPT:
+        """The weights that are evaluated, sampled and kept as the best model."""
+        return self.model if self.ema is None else self.ema
+
+    @property
+    def out_of_patience(self) -> bool:
+        return 0 < self.config.patience <= self.progress.evaluations_since_best
+
+    # ------------------------------------------------------------ one step
+
+    def training_step(self, stop: StopSignal) -> StepResult | None:
+        """Optimizer step number `progress.step` (0, 1, ...), which then is one more.
+
+        A loss or gradient that isn't finite changes nothing but the count in `skipped`. A signal in the midst of it drops what was
+        computed and returns None.
+        """
+        config, step, device = self.config, self.progress.step, torch.device(self.device).type
+        set_learning_rates(self.optimizers, lr_factor(step, config))
+        windows = config.batch_size * config.gradient_accumulation_steps
+        index = step * windows + np.arange(self.processes.rank, windows, self.processes.count)
+        totals = torch.zeros(2, device=self.device)  # loss, accuracy
+        for micro_step, samples in enumerate(index.reshape(self.micro_steps, self.micro_batch)):
+            if self.processes.any(bool(stop)):
+                self.zero_gradients()
+                return None
+            rows = self.batches(samples)  # (B, T + 1)
+            if self.model.config.dropout:
+                torch.manual_seed(step_seed(config.seed, step, micro_step, self.processes.rank))
+            more = micro_step + 1 < self.micro_steps and self.processes.count > 1
+            with self.objective.no_sync() if more else contextlib.nullcontext():
+                with torch.autocast(device, dtype=self.dtype, enabled=self.dtype != torch.float32):
+                    loss, accuracy = self.objective(rows)
+                self.scaler.scale(loss / self.micro_steps).backward()
+            totals += torch.stack((loss.detach(), accuracy)) / self.micro_steps
+        self.processes.average(totals)
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
+        skip = 1 - (norm.isfinite() & totals[0].isfinite()).float()  # stays on the device: a GPU is never waited for
+        for optimizer in self.optimizers:
+            optimizer.found_inf = skip
+            optimizer.step()
+        self.scaler.update()
+        self.zero_gradients()
+        if self.ema is not None:
+            weight = 1 - min(config.ema_decay, (1 + step) / (10 + step))  # young means forget faster
+            with torch.no_grad():
+                torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), weight)
+        self.skipped = torch.stack((self.skipped[0] * skip + skip, self.skipped[1] + skip))
+        self.progress.step += 1
+        return StepResult(totals[0], totals[1], norm)
+
+    def zero_gradients(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def check_skipped(self) -> bool:
+        """Whether the last step was skipped for a loss or gradient that isn't finite. Raises FloatingPointError after several in a row."""
+        in_a_row, new = map(int, self.skipped.tolist())
+        self.skipped[1] = 0
+        self.progress.skipped_steps += new
+        if in_a_row >= (SKIPS_IN_A_ROW_FP16 if self.scaler.is_enabled() else SKIPS_IN_A_ROW):
+            raise FloatingPointError(f"{in_a_row} steps in a row {self.trouble()}")
+        if new:
+            tqdm.write(f"step {self.progress.step:>6,}  skipped {new} without a finite loss and gradient", file=sys.stderr)
+        return bool(in_a_row) and not self.scaler.is_enabled()
+
+    def trouble(self) -> str:
+        """What happened to the last step, and what to do."""
+        rates = ", ".join(f"{optimizer.param_groups[0]['lr']:.3g} ({type(optimizer).__name__})" for optimizer in self.optimizers)
+        scale = f", loss scale {self.scaler.get_scale():g}" if self.scaler.is_enabled() else ""
+        values = f"loss {self.last.loss.item():.4g}, gradient norm {self.last.norm.item():.4g}, " if self.last is not None else ""
+        saved = ckpt.step_checkpoints(self.directory)
+        onward = f"continue from {saved[0]} with --resume auto and" if saved else "start again with"
+        return (
+            f"had no finite loss and gradient and were skipped, the last at step {self.progress.step} ({values}learning rates {rates}"
+            f"{scale}); {onward} a lower --learning_rate and --muon_learning_rate"
+        )
+
+    # ------------------------------------------------------------ checkpoints
 
     def environment(self) -> dict[str, str]:
         """What else decides the last bits of the weights."""
@@ -98,35 +232,40 @@ class Run:
             "device": self.device.split(":")[0],
             "dtype": str(self.dtype).removeprefix("torch."),
             "compile": str(self.compiling[0]),
+            "processes": str(self.processes.count),
         }
 
-    def floor(self, per: float) -> float | None:
-        """What a perfect model needs for the validation prefix, in bits divided by `per`."""
-        return None if self.prefix.floor_bits is None else self.prefix.floor_bits / per
-
-    def content(self) -> dict:
+    def content(self, model: GPT) -> dict:
         """What every checkpoint holds."""
         return {
             "model_config": dataclasses.asdict(self.model.config),
             "train_config": dataclasses.asdict(self.config),
             "tokenizer": self.tokenizer.json,
             "data": self.fingerprint,
+            "init_from": self.source,
             "step": self.progress.step,
-            "model": self.model.state_dict(),
+            "model": model.state_dict(),
         }
 
     def save(self) -> None:
-        """Write the complete checkpoint of this step; only then delete old ones. Raises FloatingPointError, see check_finite."""
-        self.check_finite()
+        """Write the complete checkpoint of this step; only then delete old ones.
+
+        Raises FloatingPointError instead if the last step had no finite loss and gradient: who knows since when the weights are spoilt.
+        """
+        if self.check_skipped():
+            raise FloatingPointError(f"{int(self.skipped[0])} steps in a row {self.trouble()}")
+        if not self.processes.first:
+            return
         resume = {
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(),
+            "ema": self.ema.state_dict() if self.ema is not None else None,
             "progress": dataclasses.asdict(self.progress),
             "samples_seen": self.progress.step * self.config.batch_size * self.config.gradient_accumulation_steps,
             "metrics": self.metrics.state(),
             "environment": self.environment(),
         }
-        ckpt.save_checkpoint(ckpt.step_path(self.directory, self.progress.step), self.content() | {"resume": resume})
+        ckpt.save_checkpoint(ckpt.step_path(self.directory, self.progress.step), self.content(self.model) | {"resume": resume})
         ckpt.delete_old_checkpoints(self.directory, self.config.keep_checkpoints)
 
     def restore(self, path: Path, content: dict) -> None:
@@ -141,100 +280,153 @@ class Run:
                 group["peak_lr"] = peak
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
         self.progress = Progress(**state["progress"])
         before, here = state["environment"], self.environment()
-        changed = [f"{key} {before[key]} -> {here[key]}" for key in here if before[key] != here[key]]
+        changed = [f"{key} {before[key]} -> {here[key]}" for key in here if before.get(key, here[key]) != here[key]]
         if changed:
             notice(f"warning: resumed in another environment ({', '.join(changed)}): the same data, but not bit for bit the same weights")
         notice(f"resumed {path} at step {self.progress.step}")
 
+    # ------------------------------------------------------------ evaluation
+
+    def floor(self, per: float) -> float | None:
+        """What a perfect model needs for the validation prefix, in bits divided by `per`."""
+        return None if self.prefix.floor_bits is None else self.prefix.floor_bits / per
+
     def evaluate(self, stop: StopSignal) -> bool:
-        """Score the validation prefix; log it; keep the best weights. False if a signal came before it was done."""
-        self.model.eval()
-        score = score_tokens(
-            self.model,
-            self.prefix.tokens,
-            self.tokenizer.eot_id,
-            self.model.config.block_size,
-            self.device,
-            batch_size=self.config.batch_size,
-            autocast=self.dtype if self.dtype != torch.float32 else None,
-            stop=lambda: bool(stop),
-        )
-        self.model.train()
-        if score is None:
+        """Score the validation prefixes; log them; keep the best weights. False if a signal came before it was done.
+
+        Rank 0 does the work, the others wait. Raises FloatingPointError for a loss that isn't finite.
+        """
+        done = self._evaluate(stop) if self.processes.first else False
+        return self.processes.any(done)
+
+    def _evaluate(self, stop: StopSignal) -> bool:
+        summaries = {}
+        self.evaluated.eval()
+        for name, prefix in {"": self.prefix, **self.also}.items():
+            score = score_tokens(
+                self.evaluated,
+                prefix.tokens,
+                self.tokenizer.eot_id,
+                self.model.config.block_size,
+                self.device,
+                batch_size=self.micro_batch,
+                autocast=self.dtype if self.dtype != torch.float32 else None,
+                stop=lambda: bool(stop),
+            )
+            if score is None:
+                break
+            summaries[name] = summarize(score, prefix.n_bytes)
+        if len(summaries) < 1 + len(self.also):
+            self.evaluated.train()
             return False
-        summary = self.last_summary = summarize(score, self.prefix.n_bytes)
-        self.metrics.write(step=self.progress.step, **{f"val_{key}": value for key, value in summary.items()})
+        summary = self.last_summary = summaries.pop("")
+        if not math.isfinite(summary["loss"]):
+            raise FloatingPointError(f"the validation loss is {summary['loss']}: steps up to {self.progress.step} {self.trouble()}")
+        sample = self.sample_text()
+        self.evaluated.train()
+        further = {"also": summaries} if summaries else {}
+        text = {"sample": sample} if self.config.sample_tokens else {}
+        self.metrics.write(step=self.progress.step, **{f"val_{key}": value for key, value in summary.items()}, **further, **text)
+        self.progress.evaluations_since_best += 1
         if summary["loss"] < self.progress.best_val_loss:
-            self.progress.best_val_loss = summary["loss"]
-            ckpt.save_checkpoint(self.directory / ckpt.BEST, self.content() | {"val": summary})
+            self.progress.best_val_loss, self.progress.evaluations_since_best = summary["loss"], 0
+            ckpt.save_checkpoint(self.directory / ckpt.BEST, self.content(self.evaluated) | {"val": summary})
         tqdm.write(f"step {self.progress.step:>6,}  {self.describe(summary)}", file=sys.stderr)
+        for name, other in summaries.items():
+            tqdm.write(f"             {name}: {self.describe(other, floor=False)}", file=sys.stderr)
+        if sample:
+            printable = "".join(character if character.isprintable() else " " for character in sample)
+            tqdm.write(f"             {' '.join(printable.split())}", file=sys.stderr)
         return True
 
-    def describe(self, summary: dict) -> str:
+    def sample_text(self) -> str:
+        """A text that the model writes now, with random numbers of its own: the training never notices."""
+        generator = torch.Generator().manual_seed(step_seed(self.config.seed, self.progress.step, -1, 0))
+        prompt, eot = self.config.sample_prompt, self.tokenizer.eot_id
+        ids = [eot, *self.tokenizer.encode(prompt)]
+        tokens = []
+        if self.config.sample_tokens:
+            for token in self.evaluated.stream(
+                torch.tensor([ids], device=self.device), self.config.sample_tokens, generator=generator, temperature=0.8
+            ):
+                if token.item() == eot:
+                    break
+                tokens.append(token.item())
+        return self.tokenizer.decode(ids[1:] + tokens)
+
+    def describe(self, summary: dict, floor: bool = True) -> str:
         line = f"val loss {summary['loss']:.4f}, accuracy {summary['accuracy']:.3f}"
         if summary["bits_per_byte"] is not None:
             line += f", {summary['bits_per_byte']:.4f} bits/byte"
-            floor = self.floor(self.prefix.n_bytes)
-            line += f" (a perfect model: {floor:.4f})" if floor is not None else ""
+            perfect = self.floor(self.prefix.n_bytes) if floor else None
+            line += f" (a perfect model: {perfect:.4f})" if perfect is not None else ""
         return line
 
-    def check_finite(self) -> None:
-        """Raise FloatingPointError if the last step's loss or gradient is no number: what they have touched must not be saved."""
-        if self.last is None:
-            return
-        loss, norm = self.last
-        finite_norm = self.scaler.is_enabled() or math.isfinite(norm.item())  # a scaler skips such steps
-        if not math.isfinite(loss.item()) or not finite_norm:
-            raise FloatingPointError(
-                f"the loss is {loss.item()}, the gradient's norm {norm.item()} at step {self.progress.step} "
-                f"(learning rates at {lr_factor(self.progress.step - 1, self.config):.3g} of their peaks); "
-                "continue from the last checkpoint with --resume auto and a lower --learning_rate and --muon_learning_rate"
-            )
+    # ------------------------------------------------------------ the loop
 
-    def train(self, metrics: MetricsLog, stop: StopSignal) -> None:
-        """Train until max_steps or a signal, then save. Raises FloatingPointError for a loss that isn't finite."""
+    def train(self, metrics: MetricsLog | None, stop: StopSignal) -> None:
+        """Train until max_steps, the end of patience or a signal, then save. metrics: rank 0's log.
+
+        Raises FloatingPointError where the loss isn't finite any more.
+        """
         config, progress, self.metrics = self.config, self.progress, metrics
-        step_model = torch.compile(self.model, dynamic=False) if self.compiling[0] else self.model
-        bar = tqdm(total=config.max_steps, initial=progress.step, desc="training", unit="step", disable=None)
+        if self.compiling[0]:
+            self.objective.compile(dynamic=False)
+        self.objective = self.processes.wrap(self.objective, self.device)
+        bar = tqdm(
+            total=config.max_steps, initial=progress.step, desc="training", unit="step", disable=None if self.processes.first else True
+        )
         self.model.train()
         if progress.evaluation_due:
             progress.evaluation_due = not self.evaluate(stop)
             self.save()  # if it belonged to the last step, no later checkpoint would know that it is done
-        while progress.step < config.max_steps and not stop:
+        stopped = self.processes.any(bool(stop))
+        while progress.step < config.max_steps and not stopped and not self.processes.any(self.out_of_patience):
             started = time.perf_counter()
-            loss, hits, norm = training_step(
-                step_model, self.model, self.optimizers, self.scaler, self.data, config, progress.step, self.device, self.dtype
-            )
-            progress.step += 1
+            result = self.training_step(stop)
+            if result is None:
+                stopped = True
+                break
+            self.last = result
             last = progress.step == config.max_steps
             evaluating = last or progress.step % config.eval_interval == 0
             saving = last or progress.step % config.checkpoint_interval == 0
             logging = progress.step % config.log_interval == 0
-            self.last = loss, norm
-            if logging or evaluating:
-                self.check_finite()
+            bad = self.check_skipped() if logging or evaluating or saving or self.device == "cpu" else False
             self.timed_steps += 1
             self.seconds += time.perf_counter() - started
-            if logging:
-                rate = self.timed_steps * self.tokens_per_step / max(1e-9, self.seconds)
-                self.timed_steps, self.seconds = 0, 0.0
-                self.metrics.write(
-                    step=progress.step,
-                    tokens=progress.step * self.tokens_per_step,
-                    loss=loss.item(),
-                    accuracy=hits.item(),
-                    lr_factor=lr_factor(progress.step - 1, config),
-                    gradient_norm=norm.item(),
-                    tokens_per_second=round(rate),
-                )
-                bar.set_postfix_str(f"loss {loss.item():.3f}, {rate:,.0f} tokens/s", refresh=False)
+            if logging and self.processes.first:
+                self.log(bar)
             bar.update()
             if evaluating:
                 progress.evaluation_due = not self.evaluate(stop)
-            if saving:
+            if saving and (last or not bad):
                 self.save()
         bar.close()
-        if stop:
+        stopped = stopped or self.processes.any(bool(stop))
+        if stopped or self.processes.any(self.out_of_patience):
+            stop.number = stop.number or (signal.SIGTERM if stopped else None)  # another process may have got it
             self.save()
+
+    def log(self, bar: tqdm) -> None:
+        """A line of metrics.jsonl on the last step."""
+        rate = self.timed_steps * self.tokens_per_step / max(1e-9, self.seconds)
+        self.timed_steps, self.seconds = 0, 0.0
+        loss = self.last.loss.item()
+        mfu = {"mfu": round(rate * self.model.flops_per_token() / self.peak_flops / self.processes.count, 4)} if self.peak_flops else {}
+        self.metrics.write(
+            step=self.progress.step,
+            tokens=self.progress.step * self.tokens_per_step,
+            loss=loss,
+            accuracy=self.last.accuracy.item(),
+            lr_factor=lr_factor(self.progress.step - 1, self.config),
+            gradient_norm=self.last.norm.item(),
+            skipped_steps=self.progress.skipped_steps,
+            tokens_per_second=round(rate),
+            **mfu,
+        )
+        bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s", refresh=False)

@@ -1,4 +1,4 @@
-"""The names and shapes under which `transformers` knows our two families: the one place for export and, later, import.
+"""The names and shapes under which `transformers` knows our two families: the one place for export and for --init_from.
 
 gpt2 -> GPT2LMHeadModel, qwen3 -> Qwen3ForCausalLM. Rotary positions rotate the same halves there: no weight is permuted.
 """
@@ -8,9 +8,17 @@ from torch import Tensor
 
 from config import GPTConfig
 
-ATTENTION = {"c_attn": ("q_proj", "k_proj", "v_proj"), "c_proj": ("o_proj",), "q_norm": ("q_norm",), "k_norm": ("k_norm",)}
-MLP = {"c_fc": ("gate_proj", "up_proj"), "c_proj": ("down_proj",)}
-QWEN3_BLOCK = {"ln_1": "input_layernorm", "ln_2": "post_attention_layernorm"}
+# our module in a block -> the twin's, whose rows stand one after the other in ours
+QWEN3_BLOCK = {
+    "ln_1": ("input_layernorm",),
+    "attn.c_attn": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attn.c_proj": ("self_attn.o_proj",),
+    "attn.q_norm": ("self_attn.q_norm",),
+    "attn.k_norm": ("self_attn.k_norm",),
+    "ln_2": ("post_attention_layernorm",),
+    "mlp.c_fc": ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp.c_proj": ("mlp.down_proj",),
+}
 
 
 def hf_config(config: GPTConfig, eot_id: int) -> dict:
@@ -57,36 +65,103 @@ def hf_config(config: GPTConfig, eot_id: int) -> dict:
     }
 
 
+def config_from_hf(values: dict) -> GPTConfig:
+    """The shape of a twin by its config.json. Raises ValueError for a model that ours can't be equal to."""
+
+    def expect(name: str, value, default) -> None:
+        if values.get(name, default) != value:
+            raise ValueError(f"its {name} is {values.get(name, default)!r}, ours is always {value!r}")
+
+    kind = values.get("model_type")
+    if kind not in ("gpt2", "qwen3"):
+        raise ValueError(f"its model_type is {kind!r}; only gpt2 and qwen3 can be read")
+    try:
+        if kind == "gpt2":
+            expect("activation_function", "gelu_new", "gelu_new")
+            expect("layer_norm_epsilon", 1e-5, 1e-5)
+            expect("tie_word_embeddings", True, True)
+            return GPTConfig(
+                block_size=values["n_positions"],
+                vocab_size=values["vocab_size"],
+                n_layer=values["n_layer"],
+                n_head=values["n_head"],
+                n_embd=values["n_embd"],
+                n_hidden=values.get("n_inner") or None,
+                arch="gpt2",
+            )
+        rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+        expect("tie_word_embeddings", True, False)
+        expect("hidden_act", "silu", "silu")
+        expect("rms_norm_eps", 1e-6, 1e-6)
+        expect("attention_bias", False, False)
+        expect("use_sliding_window", False, False)
+        expect("head_dim", values["hidden_size"] // values["num_attention_heads"], 128)
+        if rope.get("rope_type", "default") != "default":
+            raise ValueError(f"its rope_type is {rope['rope_type']!r}, ours is always 'default'")
+        return GPTConfig(
+            block_size=values["max_position_embeddings"],
+            vocab_size=values["vocab_size"],
+            n_layer=values["num_hidden_layers"],
+            n_head=values["num_attention_heads"],
+            n_embd=values["hidden_size"],
+            n_hidden=values["intermediate_size"],
+            n_kv_head=values.get("num_key_value_heads"),
+            rope_theta=rope.get("rope_theta", values.get("rope_theta")),
+            arch="qwen3",
+        )
+    except KeyError as error:
+        raise ValueError(f"its config.json has no {error}") from None
+
+
 def to_hf(config: GPTConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """A state_dict of models.GPT under the twin's names and shapes. The tied output layer is left out, as transformers does."""
-    return (_to_gpt2 if config.arch == "gpt2" else _to_qwen3)(config, weights)
+    if config.arch == "gpt2":
+        result = {f"transformer.{name}": _conv1d(name, weight) for name, weight in weights.items()}
+        for name in [name for name in result if name.endswith(".weight") and "wte" not in name and "wpe" not in name]:
+            outputs = result[name].size(-1)
+            result.setdefault(name.removesuffix("weight") + "bias", torch.zeros(outputs))  # the twin has no switch for biases
+        return result
+    return {
+        twin: part.contiguous()
+        for name, twins in _qwen3_names(config).items()
+        for twin, part in zip(twins, weights[name].split(_rows(config, name, len(weights[name]))), strict=True)
+    }
 
 
-def _to_gpt2(config: GPTConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    result = {}
-    for name, weight in weights.items():
-        if weight.dim() == 2 and name.startswith("h."):
-            weight = weight.T.contiguous()  # Conv1D stores (in, out)
-        result[f"transformer.{name}"] = weight
-    for name in [name for name in result if name.endswith(".weight") and "wte" not in name and "wpe" not in name]:
-        outputs = result[name].size(-1)
-        result.setdefault(name.removesuffix("weight") + "bias", torch.zeros(outputs))  # the twin has no switch for biases
+def from_hf(config: GPTConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of to_hf, float32. Raises ValueError if weights are missing, left over, or the output layer isn't the embedding."""
+    weights = {name.removeprefix("transformer."): weight.float() for name, weight in weights.items()}
+    embedding = "wte.weight" if config.arch == "gpt2" else "model.embed_tokens.weight"
+    head = weights.pop("lm_head.weight", None)
+    try:
+        if head is not None and not torch.equal(head, weights[embedding]):
+            raise ValueError("its output layer is not its embedding, as ours is")
+        if config.arch == "gpt2":  # old files carry the causal mask too
+            return {name: _conv1d(name, w) for name, w in weights.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))}
+        result = {name: torch.cat([weights.pop(twin) for twin in twins]) for name, twins in _qwen3_names(config).items()}
+    except KeyError as error:
+        raise ValueError(f"it has no weight {error}") from None
+    if weights:
+        raise ValueError(f"it has weights that ours has no place for: {', '.join(sorted(weights)[:3])}")
     return result
 
 
-def _to_qwen3(config: GPTConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    result = {"model.embed_tokens.weight": weights["wte.weight"], "model.norm.weight": weights["ln_f.weight"]}
-    rows = [heads * config.head_dim for heads in (config.n_head, config.kv_heads, config.kv_heads)]
-    for name, weight in weights.items():
-        if not name.startswith("h."):
-            continue
-        _, layer, *module, _ = name.split(".")
-        prefix = f"model.layers.{layer}."
-        if len(module) == 1:
-            result[f"{prefix}{QWEN3_BLOCK[module[0]]}.weight"] = weight
-            continue
-        names, prefix = (ATTENTION, f"{prefix}self_attn.") if module[0] == "attn" else (MLP, f"{prefix}mlp.")
-        targets = names[module[1]]
-        parts = weight.split(rows if module[1] == "c_attn" else len(weight) // len(targets))
-        result |= {f"{prefix}{target}.weight": part.contiguous() for target, part in zip(targets, parts, strict=True)}
-    return result
+def _conv1d(name: str, weight: Tensor) -> Tensor:
+    """GPT-2's Conv1D stores the matrices inside the blocks as (in, out), ours are (out, in)."""
+    return weight.T.contiguous() if weight.dim() == 2 and name.startswith("h.") else weight
+
+
+def _qwen3_names(config: GPTConfig) -> dict[str, tuple[str, ...]]:
+    """Our name of each weight -> the twin's names."""
+    names = {"wte.weight": ("model.embed_tokens.weight",), "ln_f.weight": ("model.norm.weight",)}
+    for layer in range(config.n_layer):
+        for module, twins in QWEN3_BLOCK.items():
+            names[f"h.{layer}.{module}.weight"] = tuple(f"model.layers.{layer}.{twin}.weight" for twin in twins)
+    return names
+
+
+def _rows(config: GPTConfig, name: str, rows: int) -> list[int] | int:
+    """How the rows of one of our weights are shared among the twin's."""
+    if name.endswith("c_attn.weight"):
+        return [heads * config.head_dim for heads in (config.n_head, config.kv_heads, config.kv_heads)]
+    return config.mlp_width if name.endswith("c_fc.weight") else rows

@@ -59,8 +59,9 @@ def describe(error: Exception) -> str:
 
 
 def notice(message: str) -> None:
-    """A line for people, on stderr: stdout is for results."""
-    print(message, file=sys.stderr, flush=True)
+    """A line for people, on stderr: stdout is for results. Of several processes that torchrun started, the first one speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------- command line

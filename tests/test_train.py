@@ -156,32 +156,39 @@ def test_evaluating_never_changes_the_training(tmp_path, sample_dir, script):
     assert train[0] == train[1]
 
 
-def test_accumulation_does_not_change_the_gradient(sample_dir):
-    """The same windows in one batch of 8, or in 2 of 4, or 8 of 1."""
+class Keep(torch.optim.SGD):
+    """Keeps the gradient instead of stepping."""
+
+    def step(self, closure=None):
+        self.kept = torch.cat([p.grad.flatten().clone() for group in self.param_groups for p in group["params"]])
+
+
+def gradient_of_a_step(sample_dir, batch_size: int, accumulation: int) -> torch.Tensor:
     import trainer
     from config import GPTConfig, TrainConfig
     from models import GPT
     from token_files import DataDirectory, TrainingData
+    from utils import StopSignal
 
-    data = TrainingData([DataDirectory(sample_dir)], [None], 32, seed=1)
-    gradients = []
-    for batch_size, accumulation in ((8, 1), (4, 2), (1, 8)):
-        torch.manual_seed(0)
-        model = GPT(GPTConfig(block_size=32, vocab_size=512, n_layer=2, n_head=2, n_embd=32))
-        config = TrainConfig(batch_size=batch_size, gradient_accumulation_steps=accumulation, grad_clip=0)
-        scaler = torch.amp.GradScaler("cpu", enabled=False)
-        kept = {}
+    directory = DataDirectory(sample_dir)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=32, vocab_size=512, n_layer=2, n_head=2, n_embd=32))
+    config = TrainConfig(
+        batch_size=batch_size, gradient_accumulation_steps=accumulation, grad_clip=0, dtype="float32", compile=False, max_steps=9
+    )
+    run = trainer.Run(sample_dir, model, config, TrainingData([directory], [None], 32, seed=1), [directory], "cpu")
+    run.optimizers = [Keep(model.parameters(), lr=1.0)]
+    run.optimizers[0].param_groups[0]["peak_lr"] = 1.0
+    run.progress.step = 3
+    run.training_step(StopSignal())
+    return run.optimizers[0].kept
 
-        class Keep(torch.optim.SGD):
-            def step(self, closure=None):
-                kept["gradient"] = torch.cat([p.grad.flatten() for p in model.parameters()])  # noqa: B023
 
-        optimizer = Keep(model.parameters(), lr=1.0)
-        optimizer.param_groups[0]["peak_lr"] = 1.0
-        trainer.training_step(model, model, [optimizer], scaler, data, config, 3, "cpu", torch.float32)
-        gradients.append(kept["gradient"])
-    for other in gradients[1:]:
-        assert (other - gradients[0]).abs().max() <= 1e-5 * gradients[0].abs().max()
+def test_accumulation_does_not_change_the_gradient(sample_dir):
+    """The same windows in one batch of 8, or in 2 of 4, or 8 of 1."""
+    whole = gradient_of_a_step(sample_dir, 8, 1)
+    for batch_size, accumulation in ((4, 2), (1, 8)):
+        assert (gradient_of_a_step(sample_dir, batch_size, accumulation) - whole).abs().max() <= 1e-5 * whole.abs().max()
 
 
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_taken(tmp_path, trained_run, sample_dir, script):
@@ -332,25 +339,111 @@ def test_overwrite_deletes_nothing_before_the_new_run_can_start(tmp_path, traine
     assert {p.name: p.read_bytes() for p in run.iterdir()} == before
 
 
-def test_weights_without_a_number_are_not_saved_on_a_signal(tmp_path, sample_dir):
-    """The loss of step 3 is no number, steps are logged every 10, and the signal comes in between."""
+@pytest.fixture
+def poisoned(monkeypatch):
+    """poisoned(steps, signal_at): the loss of these steps (0, 1, ...) is no number; a signal comes in the midst of step signal_at."""
+    import models
+
+    original, calls = models.NextTokenLoss.forward, []
+
+    def prepare(steps, signal_at=None):
+        calls.clear()
+
+        def forward(self, rows):
+            loss, accuracy = original(self, rows)
+            if self.training:  # not the estimate of the time
+                calls.append(None)
+            if len(calls) - 1 == signal_at:
+                signal.raise_signal(signal.SIGTERM)
+            return (loss * float("nan"), accuracy) if len(calls) - 1 in steps else (loss, accuracy)
+
+        monkeypatch.setattr(models.NextTokenLoss, "forward", forward)
+        monkeypatch.setattr("train.seconds_per_step", lambda *args: 0.0)
+
+    return prepare
+
+
+def one_by_one(sample_dir, run, **changes) -> list[str]:
+    return tiny(
+        **({"data_dir": sample_dir, "out_dir": run, "gradient_accumulation_steps": 1, "max_steps": 12, "eval_interval": 4} | changes)
+    )
+
+
+def test_a_step_without_a_number_is_skipped_and_counted(tmp_path, sample_dir, poisoned):
+    """Weights, momentum and step counts stay as they were; the run goes on and says how many steps it skipped."""
     import train
+
+    poisoned({4, 5, 9})
+    arguments = one_by_one(sample_dir, tmp_path / "run", checkpoint_interval=1, keep_checkpoints="all", weight_decay=0.5)
+    assert train.main(arguments) == 0
+    metrics = [line for line in lines(tmp_path / "run") if "skipped_steps" in line]
+    assert [line["skipped_steps"] for line in metrics] == [0] * 4 + [1, 2, 2, 2, 2, 3, 3, 3]
+    assert [line["loss"] is None for line in metrics] == [False] * 4 + [True, True] + [False] * 3 + [True] + [False] * 2
+    saved = {path.name: ckpt.load_checkpoint(path) for path in ckpt.step_checkpoints(tmp_path / "run")}
+    assert "step_00000005.pt" not in saved and "step_00000006.pt" not in saved  # who knows whether the weights are sound?
+    assert saved["step_00000012.pt"]["resume"]["optimizers"][0]["state"][0]["step"] == 9
+
+    poisoned({4})
+    assert train.main(one_by_one(sample_dir, tmp_path / "short", max_steps=5, checkpoint_interval=4, warmup_steps=1)) == 1
+    assert [path.name for path in ckpt.step_checkpoints(tmp_path / "short")] == ["step_00000004.pt"]
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_skipped_step_changes_nothing(sample_dir, optimizer):
+    """Against the state before it, with weight decay and momentum that would move the weights on their own."""
     import trainer
+    from config import GPTConfig, TrainConfig
+    from models import GPT
+    from token_files import DataDirectory, TrainingData
+    from utils import StopSignal
 
-    original = trainer.training_step
+    directory = DataDirectory(sample_dir)
+    config = TrainConfig(batch_size=2, gradient_accumulation_steps=1, dtype="float32", compile=False, optimizer=optimizer, warmup_steps=0)
+    model = GPT(GPTConfig(block_size=32, vocab_size=512, n_layer=2, n_head=2, n_embd=32))
+    run = trainer.Run(sample_dir, model, config, TrainingData([directory], [None], 32, seed=1), [directory], "cpu")
+    run.training_step(StopSignal())
+    state = [{k: v.clone() for k, v in model.state_dict().items()}] + [
+        {k: v.clone() for s in o.state.values() for k, v in s.items()} for o in run.optimizers
+    ]
+    model.wte.register_forward_hook(lambda module, inputs, output: output * float("inf"))
+    assert not torch.isfinite(run.training_step(StopSignal()).loss) and run.check_skipped()
+    after = [model.state_dict()] + [{k: v for s in o.state.values() for k, v in s.items()} for o in run.optimizers]
+    for before, now in zip(state, after, strict=True):
+        assert all(torch.equal(before[key], now[key]) for key in before)
 
-    def poisoned(*args):
-        loss, hits, norm = original(*args)
-        if args[6] == 2:
-            signal.raise_signal(signal.SIGTERM)
-            return loss * float("nan"), hits, norm
-        return loss, hits, norm
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "training_step", poisoned)
-        arguments = tiny(data_dir=sample_dir, out_dir=tmp_path / "run", max_steps=20, log_interval=10)
-        assert train.main(arguments) == 1
+def test_steps_without_a_number_in_a_row_end_the_run(tmp_path, sample_dir, poisoned, capsys):
+    import train
+
+    poisoned(range(6, 100))
+    assert train.main(one_by_one(sample_dir, tmp_path / "run", checkpoint_interval=5)) == 1
+    message = capsys.readouterr().err
+    assert "5 steps in a row" in message and "the last at step 11 (loss nan" in message
+    assert "learning rates 0.00" in message and "step_00000005.pt" in message and "--learning_rate" in message
+    assert [path.name for path in ckpt.step_checkpoints(tmp_path / "run")] == ["step_00000005.pt"]
+
+
+def test_weights_in_doubt_are_not_saved_on_a_signal(tmp_path, sample_dir, poisoned):
+    import train
+
+    poisoned({2, 3}, signal_at=3)
+    assert train.main(one_by_one(sample_dir, tmp_path / "run", log_interval=10)) == 1
     assert not ckpt.step_checkpoints(tmp_path / "run")
+
+
+def test_a_signal_in_the_midst_of_an_accumulation(tmp_path, sample_dir, poisoned):
+    """The step that was begun is dropped, and made whole after the resume."""
+    import train
+
+    arguments = one_by_one(sample_dir, tmp_path / "parts", gradient_accumulation_steps=4, max_steps=6, dropout=0.1)
+    poisoned((), signal_at=9)  # the second of four micro-batches of step 2
+    assert train.main(arguments) == 143
+    assert ckpt.newest_checkpoint(tmp_path / "parts")[1]["step"] == 2
+    poisoned(())
+    assert train.main([*arguments, "--resume", "auto"]) == 0
+    arguments[arguments.index(str(tmp_path / "parts"))] = str(tmp_path / "whole")
+    assert train.main(arguments) == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_changed_metrics_are_noticed(tmp_path, trained_run, sample_dir, script):
@@ -365,7 +458,7 @@ def test_changed_metrics_are_noticed(tmp_path, trained_run, sample_dir, script):
 def test_a_loss_that_is_not_finite_ends_the_run_and_poisons_nothing(tmp_path, sample_dir, script):
     arguments = tiny(data_dir=sample_dir, out_dir=tmp_path / "run", max_steps=40, eval_interval=1, checkpoint_interval=1)
     process = script("train.py", *arguments, *["--grad_clip", 0, "--muon_learning_rate", 1e30], code=1)
-    assert "the loss is" in process.stderr and "learning rate" in process.stderr
+    assert "no finite loss" in process.stderr and "learning rates" in process.stderr
     best = tmp_path / "run" / "best_model.pt"
     if best.exists():
         assert all(torch.isfinite(weight).all() for weight in ckpt.load_checkpoint(best)["model"].values())
