@@ -3,6 +3,7 @@
 import contextlib
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,11 @@ from config import TrainConfig
 from models import CHUNK, GPT, GPU_CHUNK, NextTokenLoss
 from token_files import TrainingData
 
-ACTIVATIONS = {"gpt2": (14, 4), "qwen3": (16, 5)}  # values kept per token and block, in units of n_embd and of the MLP's width
-LIBRARIES = 0.35e9  # what Python and torch take before the first tensor
+# Bytes kept for the backward pass per token and block, in units of n_embd and of the MLP's width: measured (MEASUREMENTS.md).
+# Without compilation qwen3's norms and rotations keep copies in float32; compiled, it needs no more than gpt2.
+ACTIVATIONS = {("gpt2", 2): (22, 7), ("gpt2", 4): (36, 11), ("qwen3", 2): (95, 10), ("qwen3", 4): (112, 18)}
+ATTENTION_PROBABILITY = 24  # bytes for each, where they are held: with dropout and without the fused kernel
+LIBRARIES = 0.45e9  # what Python and torch take before the first tensor
 PEAK_FLOPS = {  # dense bfloat16 or float16 with tensor cores, from the makers' data sheets; the first name that fits counts
     "B200": 2250e12,
     "H200": 989e12,
@@ -37,7 +41,7 @@ def peak_flops(device: str) -> float | None:
     return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
 
 
-def memory_estimate(model: GPT, config: TrainConfig, dtype: torch.dtype, micro_batch: int, device: str) -> float:
+def memory_estimate(model: GPT, config: TrainConfig, dtype: torch.dtype, micro_batch: int, device: str, compiled: bool) -> float:
     """Bytes at the peak of a training step, roughly: libraries, weights with gradients and optimizer state, activations, logits."""
     groups = model.parameter_groups(muon=config.optimizer == "muon")
     element = 4 if dtype == torch.float32 else 2
@@ -46,9 +50,11 @@ def memory_estimate(model: GPT, config: TrainConfig, dtype: torch.dtype, micro_b
     )  # weights, gradients, running mean, copies in half precision
     states = (each + 4) * sum(p.numel() for p in groups["muon"]) + (each + 8) * sum(p.numel() for p in groups["decay"] + groups["no_decay"])
     shape, tokens = model.config, micro_batch * model.config.block_size
-    activations = (
-        tokens * shape.n_layer * (ACTIVATIONS[shape.arch][0] * shape.n_embd + ACTIVATIONS[shape.arch][1] * shape.mlp_width) * element
-    )
+    of_width, of_mlp = ACTIVATIONS["gpt2" if compiled else shape.arch, element]
+    per_block = of_width * shape.n_embd + of_mlp * shape.mlp_width
+    if shape.dropout or not shape.flash:
+        per_block += ATTENTION_PROBABILITY * shape.n_head * shape.block_size
+    activations = tokens * shape.n_layer * per_block
     rows = min(tokens, CHUNK.get(device, GPU_CHUNK))
     logits = rows * shape.vocab_size * (4 + 2 * element) + 4 * model.wte.weight.numel()  # and the output layer's part of the gradient
     return LIBRARIES + states + activations + logits
@@ -67,13 +73,13 @@ def available_memory(device: str) -> float | None:
     return min(limits, default=None)
 
 
-def smaller_batch(model: GPT, config: TrainConfig, dtype: torch.dtype, device: str, limit: float) -> str:
-    """Flags that keep the effective batch and fit into `limit` bytes, as advice for people."""
+def smaller_batch(config: TrainConfig, fits: Callable[[int], bool]) -> str:
+    """Flags that keep the effective batch with the largest micro-batch that fits, as advice for people."""
     effective = config.batch_size * config.gradient_accumulation_steps
     for batch in range(config.batch_size - 1, 0, -1):
-        if effective % batch == 0 and memory_estimate(model, config, dtype, batch, device) <= limit:
+        if effective % batch == 0 and fits(batch):
             return f"pass --batch_size {batch} --gradient_accumulation_steps {effective // batch}, the same effective batch of {effective}"
-    return "even --batch_size 1 is too large: take a smaller model (--preset nano) or a shorter --block_size"
+    return "even --batch_size 1 would be too large: take a smaller model (--preset nano) or a shorter --block_size"
 
 
 def seconds_per_step(model: GPT, data: TrainingData, config: TrainConfig, device: str, dtype) -> float:

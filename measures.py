@@ -15,7 +15,7 @@ from models import GPT
 from token_files import DataDirectory
 from tokenizers_io import TextTokenizer
 
-MAX_LOGITS = 2**28  # in one forward pass: 1 GB in float32
+ROWS = 512  # of logits held at once
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,6 @@ def score_tokens(
     """
     stream = np.concatenate(([eot_id], tokens)).astype(np.int64)
     nats, hits = np.empty(len(tokens)), np.empty(len(tokens), bool)
-    batch_size = max(1, min(batch_size, MAX_LOGITS // (block_size * model.config.vocab_size)))
     spans = list(strided_windows(len(tokens), block_size, stride or block_size))
     kind = torch.device(device).type
     while spans:
@@ -74,10 +73,14 @@ def score_tokens(
         spans = spans[len(batch) :]
         x = torch.from_numpy(np.stack([stream[start:end] for start, end, _ in batch])).to(device)
         y = torch.from_numpy(np.stack([stream[start + 1 : end + 1] for start, end, _ in batch])).to(device)
+        batch_nats, batch_hits = [], []
         with torch.autocast(kind, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
-            logits, _ = model(x)
-        batch_nats = F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="none").view_as(y).cpu().numpy()
-        batch_hits = (logits.argmax(dim=-1) == y).cpu().numpy()
+            features = model.features(x).flatten(0, 1)  # (B T, C)
+            for rows, targets in zip(features.split(ROWS), y.flatten().split(ROWS), strict=True):
+                logits = F.linear(rows, model.wte.weight).float()
+                batch_nats.append(F.cross_entropy(logits, targets, reduction="none"))
+                batch_hits.append(logits.argmax(dim=-1) == targets)
+        batch_nats, batch_hits = (torch.cat(parts).view_as(y).cpu().numpy() for parts in (batch_nats, batch_hits))
         for row, (start, end, first) in enumerate(batch):
             nats[first:end], hits[first:end] = batch_nats[row, first - start :], batch_hits[row, first - start :]
         progress(sum(end - first for _, end, first in batch))

@@ -12,6 +12,7 @@ A flag overrides `--preset`, which overrides what stands in config.py. Every fie
 
 from utils import (
     StopSignal,
+    choose_compile,
     choose_device,
     choose_precision,
     given_flags,
@@ -272,16 +273,22 @@ def open_also(names: tuple[str, ...], first: DataDirectory) -> list[DataDirector
 
 
 def check_memory(model_config: GPTConfig, config: TrainConfig, device: str, processes: Processes) -> float:
-    """The estimated bytes at the peak of a training step, in all processes of this machine. Raises ValueError if they aren't there."""
+    """The estimated bytes at the peak of a training step, in each process. Raises ValueError if they aren't there."""
     with torch.device("meta"):
         model = GPT(model_config)
-    dtype, micro_batch = choose_precision(device, config.dtype)[0], max(1, config.batch_size // processes.count)
-    needed, free = memory_estimate(model, config, dtype, micro_batch, device), available_memory(device)
-    together = processes.count if device == "cpu" else 1
-    if free is not None and needed * together > free:
-        advice = smaller_batch(model, config, dtype, device, free / together)
-        raise ValueError(f"this training needs about {needed * together / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free; {advice}")
-    return needed
+    dtype, together = choose_precision(device, config.dtype)[0], processes.count if device == "cpu" else 1
+    tokens = config.max_steps * config.batch_size * config.gradient_accumulation_steps * model_config.block_size
+    compiled = choose_compile(device, config.compile, model.flops_per_token() * tokens)[0]
+
+    def needed(batch_size: int) -> float:
+        micro_batch = max(1, batch_size // processes.count)
+        return memory_estimate(model, config, dtype, micro_batch, device, compiled) * together
+
+    need, free = needed(config.batch_size), available_memory(device)
+    if free is not None and need > free:
+        advice = smaller_batch(config, lambda batch_size: needed(batch_size) <= free)
+        raise ValueError(f"this training needs about {need / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free; {advice}")
+    return need / together
 
 
 def train(args: Arguments, given: set[str], run_path: Path, device: str, processes: Processes) -> int:

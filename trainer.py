@@ -36,6 +36,11 @@ def step_seed(seed: int, step: int, micro_step: int, rank: int) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed}/{step}/{micro_step}/{rank}".encode(), digest_size=8).digest(), "big") >> 1
 
 
+def samples_of_step(step: int, windows: int, rank: int = 0, processes: int = 1) -> np.ndarray:
+    """The sample numbers (windows / processes,) of an optimizer step in one process: every so many, so that all together read in order."""
+    return step * windows + np.arange(rank, windows, processes)
+
+
 class Batches:
     """Windows of the training data as tensors on the device.
 
@@ -162,7 +167,7 @@ class Run:
         config, step, device = self.config, self.progress.step, torch.device(self.device).type
         set_learning_rates(self.optimizers, lr_factor(step, config))
         windows = config.batch_size * config.gradient_accumulation_steps
-        index = step * windows + np.arange(self.processes.rank, windows, self.processes.count)
+        index = samples_of_step(step, windows, self.processes.rank, self.processes.count)
         totals = torch.zeros(2, device=self.device)  # loss, accuracy
         for micro_step, samples in enumerate(index.reshape(self.micro_steps, self.micro_batch)):
             if self.processes.any(bool(stop)):

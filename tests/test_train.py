@@ -1,4 +1,4 @@
-"""train.py as a user runs it: the run directory, exact resume, signals, damaged files, and what it refuses."""
+"""train.py as a user runs it: the run directory, signals, damaged files, and what it refuses."""
 
 import json
 import os
@@ -6,60 +6,15 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 import torch
 
 import checkpoints_io as ckpt
-import run_log
 from tests.conftest import ROOT, tiny
+from tests.runs import assert_same_run, lines, start, wait_for_lines
 from tokenizers_io import train_bpe
-
-TIMING = {"tokens_per_second"}
-
-
-def lines(run) -> list[dict]:
-    return [{k: v for k, v in line.items() if k not in TIMING} for line in run_log.read_metrics(run / "metrics.jsonl")]
-
-
-def assert_same_run(a, b):
-    """Weights, optimizer state and metrics lines but for timing, without tolerance."""
-    (path_a, left), (path_b, right) = ckpt.newest_checkpoint(a), ckpt.newest_checkpoint(b)
-    assert path_a.name == path_b.name
-
-    def same(x, y, where):
-        if isinstance(x, torch.Tensor):
-            assert torch.equal(x, y), where
-        elif isinstance(x, dict):
-            assert x.keys() == y.keys(), where
-            for key in x:
-                if key != "metrics":
-                    same(x[key], y[key], f"{where}.{key}")
-        elif isinstance(x, list):
-            assert len(x) == len(y), where
-            for i, pair in enumerate(zip(x, y)):
-                same(*pair, f"{where}[{i}]")
-        else:
-            assert x == y, where
-
-    same(left, right, "checkpoint")
-    assert lines(a) == lines(b)
-
-
-def start(*args) -> subprocess.Popen:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, args)], stderr=subprocess.PIPE, text=True, env=environment)
-
-
-def wait_for_lines(run, count: int) -> None:
-    deadline = time.time() + 120
-    while time.time() < deadline:
-        if len(run_log.read_metrics(run / "metrics.jsonl")) >= count:
-            return
-        time.sleep(0.02)
-    raise AssertionError("the training wrote no metrics")
 
 
 def test_a_run_leaves_what_the_contract_says(trained_run):
@@ -82,30 +37,6 @@ def test_a_run_leaves_what_the_contract_says(trained_run):
     assert "resume" not in best and step["resume"]["samples_seen"] == 30 * 8
     assert all(torch.equal(best["model"][k], step["model"][k]) for k in step["model"])
     assert not any(name.endswith(".tmp") for name in os.listdir(trained_run))
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        {"optimizer": "muon", "dtype": "bfloat16", "dropout": 0.2, "max_steps": 24},
-        {"optimizer": "adamw", "arch": "gpt2", "dropout": 0.1, "block_size": 256, "batch_size": 8, "epochs": 1.8},
-    ],
-    ids=["muon bf16", "adamw fp32 across an epoch"],
-)
-def test_killed_and_resumed_equals_uninterrupted(tmp_path, sample_dir, script, flags):
-    """SIGKILL after a checkpoint, resume, finish: nothing but timing differs."""
-    arguments = tiny(data_dir=sample_dir, eval_interval=5, checkpoint_interval=4, **flags)
-    script("train.py", *arguments, "--out_dir", tmp_path / "whole")
-    process = start(*arguments, "--out_dir", tmp_path / "parts")
-    wait_for_lines(tmp_path / "parts", 8)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert ckpt.step_checkpoints(tmp_path / "parts")
-    assert (
-        ckpt.load_checkpoint(ckpt.step_checkpoints(tmp_path / "parts")[0])["step"] < ckpt.newest_checkpoint(tmp_path / "whole")[1]["step"]
-    )
-    script("train.py", *arguments, "--out_dir", tmp_path / "parts", "--resume", "auto")
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -1,0 +1,56 @@
+"""Runs compared and watched, for several test files."""
+
+import os
+import subprocess
+import sys
+import time
+
+import torch
+
+import checkpoints_io as ckpt
+import run_log
+from tests.conftest import ROOT
+
+TIMING = {"tokens_per_second"}
+
+
+def lines(run) -> list[dict]:
+    return [{k: v for k, v in line.items() if k not in TIMING} for line in run_log.read_metrics(run / "metrics.jsonl")]
+
+
+def assert_same_run(a, b):
+    """Weights, optimizer state and metrics lines but for timing, without tolerance."""
+    (path_a, left), (path_b, right) = ckpt.newest_checkpoint(a), ckpt.newest_checkpoint(b)
+    assert path_a.name == path_b.name
+
+    def same(x, y, where):
+        if isinstance(x, torch.Tensor):
+            assert torch.equal(x, y), where
+        elif isinstance(x, dict):
+            assert x.keys() == y.keys(), where
+            for key in x:
+                if key != "metrics":
+                    same(x[key], y[key], f"{where}.{key}")
+        elif isinstance(x, list):
+            assert len(x) == len(y), where
+            for i, pair in enumerate(zip(x, y)):
+                same(*pair, f"{where}[{i}]")
+        else:
+            assert x == y, where
+
+    same(left, right, "checkpoint")
+    assert lines(a) == lines(b)
+
+
+def start(*args) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, args)], stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def wait_for_lines(run, count: int) -> None:
+    deadline = time.time() + 120
+    while time.time() < deadline:
+        if len(run_log.read_metrics(run / "metrics.jsonl")) >= count:
+            return
+        time.sleep(0.02)
+    raise AssertionError("the training wrote no metrics")
