@@ -126,7 +126,7 @@ def parse_command_line(kind: type, words: list[str], doc: str | None, default=No
     except SystemExit as stop:
         if not stop.code:
             raise
-        text = re.sub(r"╭─.*?╮|[│╰╯]|─+", " ", captured.getvalue())
+        text = re.sub(r"╭─.*?╮|[│╰╯]|─+|-{5,}", " ", captured.getvalue())
         text = re.split(r"Argument helptext:|For full helptext", " ".join(text.split()))[0]
         raise ValueError(text.strip() + ("" if text.strip().endswith(".") else ".") + " See --help.") from None
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import models
 from config import GPTConfig
 from models import GPT, KVCache, sample_token
 from twins import hf_config, to_hf
@@ -184,3 +185,36 @@ class TestSampling:
     def test_ties_do_not_let_more_than_k_through(self):
         drawn = sample_token(torch.zeros(500, 5), top_k=2, generator=torch.Generator().manual_seed(0))
         assert len(drawn.unique()) == 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("chunk", [7, 512])
+def test_the_training_loss_in_chunks_is_the_plain_one(family, chunk, monkeypatch):
+    """Loss, accuracy and all gradients, where the last chunk is a part and where all is one chunk."""
+    monkeypatch.setitem(models.CHUNK, "cpu", chunk)
+    model = make(family)
+    rows = ids(3, 12)
+    logits, expected = model(rows[:, :-1], rows[:, 1:])
+    (expected * 3).backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    loss, accuracy = models.NextTokenLoss(model)(rows)
+    (loss * 3).backward()
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
+    assert accuracy.item() == pytest.approx((logits.argmax(-1) == rows[:, 1:]).float().mean().item())
+    for got, gradient in zip([p.grad for p in model.parameters()], gradients, strict=True):
+        assert (got - gradient).abs().max() <= 1e-5 * gradient.abs().max().clamp(min=1e-3)
+
+
+def test_the_training_loss_under_autocast_is_near_the_exact_one():
+    model = make("qwen3")
+    rows = ids(3, 12)
+    exact = models.NextTokenLoss(model)(rows)[0]
+    exact.backward()
+    gradient = model.wte.weight.grad.clone()
+    model.zero_grad()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = models.NextTokenLoss(model)(rows)[0]
+    loss.backward()
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(exact.item(), rel=1e-2)
+    assert torch.nn.functional.cosine_similarity(model.wte.weight.grad.flatten(), gradient.flatten(), dim=0) > 0.99

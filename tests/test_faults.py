@@ -1,0 +1,265 @@
+"""Faults while a run is saved or read: full disks, read-only directories, damaged and malicious files, too little memory."""
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoints_io as ckpt
+import estimates
+from config import GPTConfig, TrainConfig
+from models import GPT
+from tests.conftest import ROOT, tiny
+from tests.runs import assert_same_run, start, wait_for_lines
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 700 kB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(disk)], capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(tmp_path, small_disk, sample_dir, script):
+    """A checkpoint is 400 kB here: the first fits beside the best model, the second does not. With room again the run goes on exactly."""
+    arguments = tiny(data_dir=sample_dir, max_steps=9, eval_interval=100, checkpoint_interval=4)
+    script("train.py", *arguments, "--out_dir", tmp_path / "whole")
+    process = script("train.py", *arguments, "--out_dir", small_disk / "run", code=2)
+    assert "is the disk full?" in process.stderr or "No space left" in process.stderr
+    assert [path.name for path in ckpt.step_checkpoints(small_disk / "run")] == ["step_00000004.pt"]
+    assert not list((small_disk / "run").glob("*.tmp"))
+    subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
+    script("train.py", *arguments, "--out_dir", small_disk / "run", "--resume", "auto")
+    assert_same_run(tmp_path / "whole", small_disk / "run")
+
+
+def test_a_write_that_is_refused_leaves_the_old_file(tmp_path, trained_run):
+    """Twin of the full disk that needs no root: the process may not write files beyond 10 kB."""
+    path = tmp_path / "best_model.pt"
+    shutil.copy(trained_run / "best_model.pt", path)
+    before = path.read_bytes()
+    program = f"""
+import resource, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import checkpoints_io as ckpt
+from pathlib import Path
+content = ckpt.load_checkpoint(Path({str(path)!r}))
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+try:
+    ckpt.save_checkpoint(Path({str(path)!r}), content)
+except OSError as error:
+    sys.exit(7)
+"""
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 7
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["best_model.pt"]
+
+
+def test_a_read_only_directory_is_one_sentence(tmp_path, sample_dir, script):
+    """Root may write everywhere: then a file stands where the directory should be."""
+    place = tmp_path / "place"
+    if os.geteuid():
+        place.mkdir()
+        place.chmod(0o500)
+    else:
+        place.write_text("a file")
+    stderr = script("train.py", *tiny(data_dir=sample_dir, out_dir=place / "run", max_steps=2), code=2).stderr
+    assert "Permission denied" in stderr or "Not a directory" in stderr
+
+
+def flip_bits(path: Path, content: dict, copy: Path, flips: int) -> None:
+    rng, whole = np.random.RandomState(0), path.read_bytes()
+
+    def equal(a, b) -> bool:
+        if isinstance(a, torch.Tensor):
+            return torch.equal(a, b)
+        if isinstance(a, dict):
+            return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+        if isinstance(a, list):
+            return len(a) == len(b) and all(map(equal, a, b))
+        return a == b
+
+    found = 0
+    for _ in range(flips):
+        damaged = bytearray(whole)
+        damaged[rng.randint(len(whole))] ^= 1 << rng.randint(8)
+        copy.write_bytes(damaged)
+        try:
+            loaded = ckpt.load_checkpoint(copy)
+        except ValueError as error:
+            assert copy.name in str(error)
+            found += 1
+        else:
+            assert equal(loaded, content)
+    assert found > 0.8 * flips
+
+
+def test_every_flipped_bit_is_found_or_harmless(tmp_path, trained_run):
+    """500 flips over a checkpoint of weights only and a complete one."""
+    for name in ("best_model.pt", "step_00000030.pt"):
+        flip_bits(trained_run / name, ckpt.load_checkpoint(trained_run / name), tmp_path / "flipped.pt", 250)
+
+
+def test_truncated_and_foreign_files_are_refused(tmp_path, trained_run):
+    whole, path = (trained_run / "best_model.pt").read_bytes(), tmp_path / "part.pt"
+    for length in {0, 1, 100, len(whole) - 1, *np.random.RandomState(0).randint(0, len(whole), 60).tolist()}:
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"part\.pt is damaged"):
+            ckpt.load_checkpoint(path)
+    torch.save({"weights": torch.ones(3)}, path)
+    with pytest.raises(ValueError, match="no checkpoint of this project"):
+        ckpt.load_checkpoint(path)
+
+
+class Malicious:
+    """Makes a directory when it is unpickled."""
+
+    def __init__(self, target: Path):
+        self.target = str(target)
+
+    def __reduce__(self):
+        return os.mkdir, (self.target,)
+
+
+def test_code_in_files_is_not_run(tmp_path, sample_dir, trained_run, mistake):
+    """A pickle that runs code, in each place where a script reads a file."""
+    code = Malicious(tmp_path / "owned")
+    raw, archive = tmp_path / "raw.pt", tmp_path / "archive.pt"
+    raw.write_bytes(pickle.dumps(code))
+    content = ckpt.load_checkpoint(trained_run / "step_00000030.pt")
+    torch.save(content | {"model": code}, archive)
+    for bad in (raw, archive):
+        for name in ("generate.py", "evaluate.py", "export_model.py", "train.py"):
+            flags = {
+                "train.py": ["--init_from", bad, "--data_dir", sample_dir],
+                "export_model.py": ["--checkpoint", bad, "--format", "onnx"],
+            }
+            assert bad.name in mistake(name, *flags.get(name, ["--checkpoint", bad]), cwd=tmp_path)
+        assert bad.name in mistake("train.py", "--data_dir", sample_dir, "--resume", bad, cwd=tmp_path)
+        assert bad.name in mistake("compare.py", bad, trained_run, "--data_dir", sample_dir, cwd=tmp_path)
+        assert bad.name in mistake("prepare_data.py", "--sample", "--tokenizer", bad, cwd=tmp_path)
+    for place in ("meta.json", "tokenizer.json", "commit.json"):
+        data = tmp_path / place.replace(".", "_")
+        shutil.copytree(sample_dir, data)
+        (data / place).write_bytes(pickle.dumps(code))
+        assert place in mistake("train.py", *tiny(data_dir=data, max_steps=1, out_dir=tmp_path / "run"), cwd=tmp_path)
+    shutil.copytree(sample_dir, tmp_path / "nanogpt")  # its meta.pkl is not even looked at
+    (tmp_path / "nanogpt" / "meta.json").unlink()
+    (tmp_path / "nanogpt" / "meta.pkl").write_bytes(pickle.dumps(code))
+    assert "--tokenizer" in mistake("train.py", "--data_dir", tmp_path / "nanogpt", cwd=tmp_path)
+    run = tmp_path / "resumed"
+    shutil.copytree(trained_run, run)
+    (run / "metrics.jsonl").write_bytes(pickle.dumps(code))
+    again = tiny(data_dir=sample_dir, out_dir=run, max_steps=40, eval_interval=15, checkpoint_interval=10, resume="auto")
+    assert "metrics.jsonl was changed" in mistake("train.py", *again, cwd=tmp_path)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "config.json").write_bytes(pickle.dumps(code))
+    (folder / "model.safetensors").write_bytes(pickle.dumps(code))
+    assert "HF folder" in mistake("train.py", "--init_from", folder, "--data_dir", sample_dir, cwd=tmp_path)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_names_inside_files_never_lead_outside(tmp_path, sample_dir, mistake):
+    """A commit marker and an index of weights that name files elsewhere."""
+    outside = tmp_path / "precious.txt"
+    outside.write_text("precious")
+    data = tmp_path / "data"
+    shutil.copytree(sample_dir, data)
+    (data / "commit.json").write_text(json.dumps({"new": ["../precious.txt"], "remove": ["../precious.txt", str(outside)]}))
+    import train
+
+    assert train.main(tiny(data_dir=data, out_dir=tmp_path / "run", max_steps=1)) == 0
+    assert outside.read_text() == "precious"
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    values = {"model_type": "gpt2", "n_positions": 32, "vocab_size": 512, "n_layer": 1, "n_head": 2, "n_embd": 32}
+    (folder / "config.json").write_text(json.dumps(values))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"wte.weight": "../precious.txt"}}))
+    assert "outside of the folder" in mistake("train.py", "--init_from", folder, "--data_dir", sample_dir, cwd=tmp_path)
+
+
+def test_a_second_signal_aborts(tmp_path, sample_dir):
+    """The first one waits for an evaluation that never ends; the second ends the process at once."""
+    program = tmp_path / "stuck.py"
+    program.write_text(
+        f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import train, trainer
+def evaluate(self, stop):
+    while True:
+        time.sleep(0.05)
+trainer.Run.evaluate = evaluate
+train.main()
+"""
+    )
+    arguments = tiny(data_dir=sample_dir, out_dir=tmp_path / "run", max_steps=20, eval_interval=4)
+    process = start(*arguments, program=program)
+    wait_for_lines(tmp_path / "run", 4)
+    process.terminate()
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=1)
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+
+
+def test_too_little_memory_is_refused_with_a_batch_that_fits(tmp_path, sample_dir, mistake, monkeypatch):
+    monkeypatch.setattr("train.available_memory", lambda device: 0.7e9)
+    large = tiny(data_dir=sample_dir, batch_size=512, gradient_accumulation_steps=2, n_embd=256, block_size=128, out_dir=tmp_path / "run")
+    message = mistake("train.py", *large, cwd=tmp_path)
+    batch, accumulation = (int(message.split(flag)[1].split()[0].rstrip(",")) for flag in ("--batch_size", "--gradient_accumulation_steps"))
+    assert batch * accumulation == 1024 and 1 <= batch < 512 and "GB are free" in message
+    for larger in (b for b in range(batch + 1, 512) if 1024 % b == 0):
+        model, config = GPT(GPTConfig.nano(n_layer=2, n_embd=256, vocab_size=512, block_size=128)), TrainConfig()
+        assert estimates.memory_estimate(model, config, torch.float32, larger, "cpu", False) > 0.7e9
+    monkeypatch.setattr("train.available_memory", lambda device: 0.1e9)
+    assert "smaller model" in mistake("train.py", *large, cwd=tmp_path)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_running_out_of_memory_is_one_sentence(tmp_path, sample_dir, mistake, monkeypatch, error):
+    def fail(*args):
+        raise error
+
+    for place in ("train.seconds_per_step", "trainer.Run.training_step"):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, fail)
+            message = mistake("train.py", *tiny(data_dir=sample_dir, out_dir=tmp_path / place, batch_size=6), cwd=tmp_path)
+            assert "the memory of cpu is full; pass --batch_size 3 --gradient_accumulation_steps 4" in message
+
+
+@pytest.mark.slow
+def test_the_memory_estimate_is_near_the_truth(tmp_path, sample_dir):
+    """Peak of the whole process against what is announced, within a third, over families, precisions and sizes."""
+    import re
+
+    for flags in (
+        "--preset nano --batch_size 2",
+        "--preset nano --batch_size 32",
+        "--preset nano --arch gpt2 --batch_size 32 --dtype float32",
+        "--preset mini --batch_size 32 --arch qwen3",
+        "--preset tiny --batch_size 4 --optimizer adamw --ema_decay 0.9",
+    ):
+        arguments = f"{flags} --gradient_accumulation_steps 1 --data_dir {sample_dir} --max_steps 3 --compile=False --eval_tokens 2000"
+        command = [sys.executable, ROOT / "train.py", *arguments.split(), "--out_dir", tmp_path / "run", "--overwrite"]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        announced = float(re.search(r"memory +about ([\d.]+) GB", process.stderr.read())[1])
+        peak = os.wait4(process.pid, 0)[2].ru_maxrss * 1024 / 1e9
+        assert abs(announced - peak) < peak / 3, (flags, announced, peak)
