@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from config import TrainConfig
+from config import GPTConfig, TrainConfig
 from models import CHUNK, GPT, GPU_CHUNK, NextTokenLoss
 from token_files import TrainingData
+from utils import choose_compile, choose_precision
 
 # Bytes kept for the backward pass per token and block, in units of n_embd and of the MLP's width: measured (MEASUREMENTS.md).
 # Without compilation qwen3's norms and rotations keep copies in float32; compiled, it needs no more than gpt2.
@@ -80,6 +81,25 @@ def smaller_batch(config: TrainConfig, fits: Callable[[int], bool]) -> str:
         if effective % batch == 0 and fits(batch):
             return f"pass --batch_size {batch} --gradient_accumulation_steps {effective // batch}, the same effective batch of {effective}"
     return "even --batch_size 1 would be too large: take a smaller model (--preset nano) or a shorter --block_size"
+
+
+def check_memory(model_config: GPTConfig, config: TrainConfig, device: str, processes: int) -> float:
+    """The estimated bytes at the peak of a training step, in each process. Raises ValueError if they aren't there."""
+    with torch.device("meta"):
+        model = GPT(model_config)
+    dtype, together = choose_precision(device, config.dtype)[0], processes if device == "cpu" else 1
+    tokens = config.max_steps * config.batch_size * config.gradient_accumulation_steps * model_config.block_size
+    compiled = choose_compile(device, config.compile, model.flops_per_token() * tokens)[0]
+
+    def needed(batch_size: int) -> float:
+        micro_batch = max(1, batch_size // processes)
+        return memory_estimate(model, config, dtype, micro_batch, device, compiled) * together
+
+    need, free = needed(config.batch_size), available_memory(device)
+    if free is not None and need > free:
+        advice = smaller_batch(config, lambda batch_size: needed(batch_size) <= free)
+        raise ValueError(f"this training needs about {need / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free; {advice}")
+    return need / together
 
 
 def seconds_per_step(model: GPT, data: TrainingData, config: TrainConfig, device: str, dtype) -> float:

@@ -12,9 +12,7 @@ A flag overrides `--preset`, which overrides what stands in config.py. Every fie
 
 from utils import (
     StopSignal,
-    choose_compile,
     choose_device,
-    choose_precision,
     given_flags,
     needs_packages,
     normalize_flags,
@@ -40,19 +38,25 @@ with needs_packages():
     import checkpoints_io as ckpt
     import config as settings
     from config import PRESETS, Arch, GPTConfig, TrainConfig
-    from estimates import available_memory, duration, memory_estimate, seconds_per_step, smaller_batch
-    from finetuning import check_tokenizer, read_source, source_shape, weights_for, with_values
+    from estimates import check_memory, duration, seconds_per_step
     from models import GPT
     from parallel import Processes
     from run_log import METRICS, MetricsLog, plot_losses, write_config
+    from starting_point import (
+        CHANGEABLE,
+        check_tokenizer,
+        fit_to_data,
+        fix_length,
+        merge_resumed,
+        read_source,
+        source_shape,
+        weights_for,
+        with_values,
+    )
     from token_files import META, DataDirectory, TrainingData, parse_weighted
-    from tokenizers_io import TextTokenizer, make_tokenizer
+    from tokenizers_io import make_tokenizer
     from trainer import Run
 
-# What may change when a run is resumed; everything else would make it another run.
-CHANGEABLE = {"max_steps", "epochs", "eval_interval", "eval_tokens", "checkpoint_interval", "keep_checkpoints", "log_interval"}
-CHANGEABLE |= {"max_tokens", "patience", "sample_tokens", "sample_prompt", "tensorboard"}
-CHANGEABLE |= {"device", "dtype", "compile", "warmup_steps", "learning_rate", "muon_learning_rate"}
 FAMILY_FIELDS = {"bias": None, "n_kv_head": None, "rope_theta": None}
 LONG_ON_CPU = 6 * 3600  # seconds
 
@@ -193,44 +197,6 @@ def open_data(
     return directories, list(weights)
 
 
-def fit_to_data(args: Arguments, given: set[str], tokenizer: TextTokenizer) -> GPTConfig:
-    """The model's shape with the tokenizer's vocabulary. Raises ValueError if a flag asks for another."""
-    asked = args.model.vocab_size
-    if "vocab_size" in given and args.dataset is None and asked != tokenizer.vocab_size:
-        raise ValueError(f"vocab_size={asked}, but the data's tokenizer has {tokenizer.vocab_size} ids; leave --vocab_size out")
-    return dataclasses.replace(args.model, vocab_size=tokenizer.vocab_size)
-
-
-def fix_length(config: TrainConfig, keep_warmup: bool, data: TrainingData) -> TrainConfig:
-    """The configuration with epochs or tokens turned into steps, and warmup at most a tenth of the run unless it is to be kept."""
-    max_steps, windows = config.max_steps, config.batch_size * config.gradient_accumulation_steps
-    if config.max_tokens is not None:
-        max_steps = math.ceil(config.max_tokens / (windows * data.block_size))
-    if config.epochs is not None:
-        if data.mixed:
-            raise ValueError("--epochs has no meaning for weighted directories; give --max_steps or --max_tokens")
-        max_steps = max(1, math.ceil(config.epochs * data.samples_per_epoch / windows))
-    warmup = config.warmup_steps if keep_warmup else min(config.warmup_steps, max_steps // 10)
-    return dataclasses.replace(config, max_steps=max_steps, warmup_steps=warmup)
-
-
-def merge_resumed(args: Arguments, given: set[str], content: dict) -> tuple[GPTConfig, TrainConfig]:
-    """The saved run's configuration, with those changes that flags ask for. Raises ValueError for a change that makes it another run."""
-    saved = {GPTConfig: content["model_config"], TrainConfig: content["train_config"]}
-    merged = []
-    for kind, now in ((GPTConfig, args.model), (TrainConfig, args.train)):
-        values = saved[kind].copy()
-        for name in [f.name for f in dataclasses.fields(kind) if f.name in given]:
-            value = getattr(now, name)
-            if value != values.get(name) and name not in CHANGEABLE:
-                raise ValueError(
-                    f"the run to resume has {name}={values.get(name)}, not {value}; leave the flag out, or start in another --out_dir"
-                )
-            values[name] = value
-        merged.append(kind(**values))
-    return merged[0], merged[1]
-
-
 def announce(run: Run, memory: float) -> None:
     """Print what is about to happen: size, data, length, precision, memory and an honest estimate of the time."""
     model, data, config, device, tokens = run.model, run.data, run.config, run.device, run.tokens_per_step
@@ -251,6 +217,9 @@ def announce(run: Run, memory: float) -> None:
         f"{config.gradient_accumulation_steps} windows{processes}) = {epochs:.2f} epochs; "
         f"{config.optimizer}, warmup {config.warmup_steps} steps, {config.lr_schedule} decay"
     )
+    if data.mixed:
+        passes = (config.max_steps * tokens / shape.block_size * w / sum(data.weights) / n for w, n in zip(data.weights, data.windows))
+        notice("mixture    " + ", ".join(f"{name}: {times:.2f} epochs" for name, times in zip(run.names, passes)))
     why, compiling = run.precision[1], run.compiling
     notice(f"precision  {run.environment()['dtype']} on {device}: {why}; compile {compiling[0]}: {compiling[1]}")
     notice(f"memory     about {memory / 1e9:.1f} GB{' in each process' if processes else ''}")
@@ -272,112 +241,119 @@ def open_also(names: tuple[str, ...], first: DataDirectory) -> list[DataDirector
     return also
 
 
-def check_memory(model_config: GPTConfig, config: TrainConfig, device: str, processes: Processes) -> float:
-    """The estimated bytes at the peak of a training step, in each process. Raises ValueError if they aren't there."""
-    with torch.device("meta"):
-        model = GPT(model_config)
-    dtype, together = choose_precision(device, config.dtype)[0], processes.count if device == "cpu" else 1
-    tokens = config.max_steps * config.batch_size * config.gradient_accumulation_steps * model_config.block_size
-    compiled = choose_compile(device, config.compile, model.flops_per_token() * tokens)[0]
+@dataclass
+class Plan:
+    """What this call will do, all questions answered and nothing written yet.
 
-    def needed(batch_size: int) -> float:
-        micro_batch = max(1, batch_size // processes.count)
-        return memory_estimate(model, config, dtype, micro_batch, device, compiled) * together
+    resumed: the checkpoint to go on from and its content. source: the model to start from, as starting_point.read_source gives it.
+    """
 
-    need, free = needed(config.batch_size), available_memory(device)
-    if free is not None and need > free:
-        advice = smaller_batch(config, lambda batch_size: needed(batch_size) <= free)
-        raise ValueError(f"this training needs about {need / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free; {advice}")
-    return need / together
+    model_config: GPTConfig
+    config: TrainConfig
+    directories: list[DataDirectory]
+    also: list[DataDirectory]
+    data: TrainingData
+    resumed: tuple[Path, dict] | None
+    source: dict | None
+
+    @property
+    def origin(self) -> dict | None:
+        return self.source and self.source["origin"]
+
+    def same_run(self, content: dict) -> bool:
+        """Whether a checkpoint belongs to the run that this plan describes."""
+        configs = dataclasses.asdict(self.model_config), dataclasses.asdict(self.config)
+        same_config = (content["model_config"], content["train_config"]) == configs
+        return same_config and content["data"] == self.data.fingerprint and content.get("init_from") == self.origin
+
+    def finished(self, content: dict) -> bool:
+        """Whether a complete checkpoint of this run stands at its end."""
+        progress = content["resume"]["progress"]
+        early = 0 < self.config.patience <= progress["evaluations_since_best"]
+        return (content["step"] >= self.config.max_steps or early) and not progress["evaluation_due"]
 
 
-def train(args: Arguments, given: set[str], run_path: Path, device: str, processes: Processes) -> int:
-    """The stage, once the command line is read. Returns the exit code."""
+def make_plan(args: Arguments, given: set[str], run_path: Path, processes: Processes) -> Plan:
+    """Read what there is and decide. Raises ValueError, FileNotFoundError for what can't be done."""
     resumed = ckpt.find_resumed(args.resume, run_path)
     source = read_source(args.init_from) if args.init_from is not None and resumed is None else None
     directories, weights = open_data(args, given, run_path, resumed is not None, source, processes)
     if resumed is not None:
-        model_config, config = merge_resumed(args, given - {"vocab_size"}, resumed[1])
+        model_config, config = merge_resumed(args.model, args.train, given - {"vocab_size"}, resumed[1])
     elif source is not None:
         check_tokenizer(source, directories[0].tokenizer, directories[0].name)
         model_config, config = source_shape(source, args.model, given), with_values(args.train, given)
     else:
-        model_config, config = fit_to_data(args, given, directories[0].tokenizer), args.train
+        model_config, config = fit_to_data(args.model, given, args.dataset is not None, directories[0].tokenizer), args.train
     data = TrainingData(directories, weights, model_config.block_size, config.seed)
     config = fix_length(config, "warmup_steps" in given or resumed is not None, data)
-    also = open_also(args.also_eval, directories[0])
-    origin = source and source["origin"]
-
-    def same_run(content: dict) -> bool:
-        same_config = content["model_config"] == dataclasses.asdict(model_config) and content["train_config"] == dataclasses.asdict(config)
-        return same_config and content["data"] == data.fingerprint and content.get("init_from") == origin
-
-    def finished(content: dict) -> bool:
-        progress = content["resume"]["progress"]
-        early = 0 < config.patience <= progress["evaluations_since_best"]
-        return (content["step"] >= config.max_steps or early) and not progress["evaluation_due"]
-
     if resumed is not None and resumed[1]["data"] != data.fingerprint:
         raise ValueError(f"{resumed[0]} was trained on other data; give its --data_dir, or another --out_dir")
     if resumed is not None and args.init_from is not None and (resumed[1].get("init_from") or {}).get("name") != args.init_from:
         raise ValueError(f"{resumed[0]} did not start from {args.init_from}; leave --init_from out, or choose another --out_dir")
-    done = finished(resumed[1]) if resumed else not args.overwrite and ckpt.is_claimed(run_path, args.resume, same_run, finished)
-    if done:
-        if processes.first:
-            print(f"{run_path} holds this very run, finished at step {(resumed or ckpt.newest_checkpoint(run_path))[1]['step']}")
-        return 0
-    memory = check_memory(model_config, config, device, processes)
+    return Plan(model_config, config, directories, open_also(args.also_eval, directories[0]), data, resumed, source)
+
+
+def is_done(plan: Plan, args: Arguments, run_path: Path) -> bool:
+    """Whether the run directory holds this very run, finished. Raises ValueError if it holds another one."""
+    if plan.resumed is not None:
+        return plan.finished(plan.resumed[1])
+    return not args.overwrite and ckpt.is_claimed(run_path, args.resume, plan.same_run, plan.finished)
+
+
+def train(plan: Plan, run_path: Path, device: str, processes: Processes) -> tuple[Run, StopSignal]:
+    """Carry out a plan. Raises ValueError if it doesn't fit into memory, FloatingPointError if the loss isn't finite any more."""
+    config, resumed = plan.config, plan.resumed
+    memory = check_memory(plan.model_config, config, device, processes.count)
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it
-    model = GPT(model_config).to(device)
-    if source is not None:
-        ckpt.load_weights(model, weights_for(source, model_config), args.init_from)
-    run = Run(run_path, model, config, data, directories, device, processes, also, origin)
+    model = GPT(plan.model_config).to(device)
+    if plan.source is not None:
+        ckpt.load_weights(model, weights_for(plan.source, plan.model_config), plan.source["origin"]["name"])
+    run = Run(run_path, model, config, plan.data, plan.directories, device, processes, plan.also, plan.origin)
     processes.wait()  # until all have read what rank 0 is going to change
     if resumed is not None:
         if processes.first:
             ckpt.check_branch(resumed[0], run_path)
         run.restore(*resumed)
     announce(run, memory)
-    metrics = open_log(run, resumed, model_config, config) if processes.first else None
-    started = time.perf_counter()
+    metrics = open_log(run, resumed) if processes.first else None
     try:
         with StopSignal() as stop:
             run.train(metrics, stop)
-    except FloatingPointError as error:
-        notice(f"error: {error}")
-        return 1
     finally:
         if metrics is not None:
             metrics.close()
-    if not processes.first:
-        return 128 + stop.number if stop else 0
-    plot_losses(run_path, run.floor(len(run.prefix.tokens) / math.log(2)))
+    return run, stop
+
+
+def finish(run: Run, stop: StopSignal, seconds: float, export: tuple[str, ...]) -> int:
+    """Say how it went, draw and export; rank 0's part. Returns the exit code."""
+    plot_losses(run.directory, run.floor(len(run.prefix.tokens) / math.log(2)))
     if stop:
         notice(f"stopped by signal {stop.number} at step {run.progress.step}, everything saved; continue with --resume auto")
         return 128 + stop.number
-    early = ", stopped early: no better validation loss any more" if run.progress.step < config.max_steps else ""
-    elapsed = duration(time.perf_counter() - started)
-    print(f"{run_path}: {run.progress.step} steps in {elapsed}, {run.describe(run.last_summary)}{early}")
-    if args.export:
+    early = ", stopped early: no better validation loss any more" if run.progress.step < run.config.max_steps else ""
+    print(f"{run.directory}: {run.progress.step} steps in {duration(seconds)}, {run.describe(run.last_summary)}{early}")
+    if export:
         import export_model
 
-        if not export_model.export(run_path / ckpt.BEST, args.export, run_path):
+        if not export_model.export(run.directory / ckpt.BEST, export, run.directory):
             return 1
-    notice(f'next: python generate.py --checkpoint {run_path} --prompt "Once upon a time"')
+    notice(f'next: python generate.py --checkpoint {run.directory} --prompt "Once upon a time"')
     return 0
 
 
-def open_log(run: Run, resumed: tuple[Path, dict] | None, model_config: GPTConfig, config: TrainConfig) -> MetricsLog:
+def open_log(run: Run, resumed: tuple[Path, dict] | None) -> MetricsLog:
     """Make the run directory ready: cleared for a new run, its log cut to where a resumed one stood."""
     run.directory.mkdir(parents=True, exist_ok=True)
     if resumed is None:
         ckpt.clear_run(run.directory)
     extra = {"data": dict(zip(run.names, run.fingerprint)), "init_from": run.source, "environment": run.environment()}
-    write_config(run.directory, model_config, config, extra)
+    write_config(run.directory, run.model.config, run.config, extra)
     write_atomically(run.directory / "tokenizer.json", lambda file: file.write(run.tokenizer.json.encode()))
     earlier = (resumed[0].parent / METRICS, resumed[1]["resume"]["metrics"]) if resumed else None
-    return MetricsLog(run.directory / METRICS, earlier, run.progress.step + 1 if config.tensorboard else None)
+    return MetricsLog(run.directory / METRICS, earlier, run.progress.step + 1 if run.config.tensorboard else None)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -389,7 +365,21 @@ def main(argv: list[str] | None = None) -> int:
     processes = Processes()
     device = processes.start(choose_device(args.train.device))
     try:
-        return train(args, given, run_directory(args), device, processes)
+        run_path = run_directory(args)
+        plan = make_plan(args, given, run_path, processes)
+        if is_done(plan, args, run_path):
+            step = (plan.resumed or ckpt.newest_checkpoint(run_path))[1]["step"]
+            if processes.first:
+                print(f"{run_path} holds this very run, finished at step {step}")
+            return 0
+        started = time.perf_counter()
+        run, stop = train(plan, run_path, device, processes)
+        if processes.first:
+            return finish(run, stop, time.perf_counter() - started, args.export)
+        return 128 + stop.number if stop else 0
+    except FloatingPointError as error:
+        notice(f"error: {error}")
+        return 1
     except RuntimeError as error:
         text = " ".join(str(error).split())
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in text:

@@ -141,26 +141,26 @@ def test_fifty_kills_at_random_moments(tmp_path, sample_dir):
 
 def test_ranks_read_what_one_process_reads():
     """Over the steps of a run, the union of the ranks is each sample once, in the order in which a single process reads them."""
-    import trainer
+    import batches
 
-    alone = np.concatenate([trainer.samples_of_step(step, 8) for step in range(30)])
+    alone = np.concatenate([batches.samples_of_step(step, 8) for step in range(30)])
     assert alone.tolist() == list(range(240))
     for processes in (2, 4):
         for step in range(30):
-            shares = [trainer.samples_of_step(step, 8, rank, processes) for rank in range(processes)]
-            assert sorted(np.concatenate(shares).tolist()) == trainer.samples_of_step(step, 8).tolist()
-            assert np.stack(shares, axis=1).flatten().tolist() == trainer.samples_of_step(step, 8).tolist()
+            shares = [batches.samples_of_step(step, 8, rank, processes) for rank in range(processes)]
+            assert sorted(np.concatenate(shares).tolist()) == batches.samples_of_step(step, 8).tolist()
+            assert np.stack(shares, axis=1).flatten().tolist() == batches.samples_of_step(step, 8).tolist()
 
 
 def test_tokens_on_the_device_give_the_same_batches(tmp_path, sample_dir):
     """The way of a GPU, with the token files in its memory, against the way of a CPU; ids above 32,767 included."""
-    import trainer
+    import batches
     from token_files import DataDirectory, TrainingData
 
     shutil.copytree(sample_dir, tmp_path / "other")
     data = TrainingData([DataDirectory(sample_dir), DataDirectory(tmp_path / "other")], [None, None], 32, seed=3)
     data.sources = [np.random.RandomState(i).randint(0, 65536, len(s)).astype("<u2") for i, s in enumerate(data.sources)]
     index = np.array([0, 5, 3 * data.samples_per_epoch - 1, data.samples_per_epoch, 77])
-    expected = trainer.Batches(data, "cpu", resident=False)(index)
-    got = trainer.Batches(data, "cpu", resident=True)(index)
+    expected = batches.Batches(data, "cpu", resident=False)(index)
+    got = batches.Batches(data, "cpu", resident=True)(index)
     assert got.dtype == expected.dtype == torch.int64 and torch.equal(got, expected) and expected.max() > 40_000

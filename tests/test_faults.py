@@ -218,7 +218,7 @@ train.main()
 
 
 def test_too_little_memory_is_refused_with_a_batch_that_fits(tmp_path, sample_dir, mistake, monkeypatch):
-    monkeypatch.setattr("train.available_memory", lambda device: 0.7e9)
+    monkeypatch.setattr("estimates.available_memory", lambda device: 0.7e9)
     large = tiny(data_dir=sample_dir, batch_size=512, gradient_accumulation_steps=2, n_embd=256, block_size=128, out_dir=tmp_path / "run")
     message = mistake("train.py", *large, cwd=tmp_path)
     batch, accumulation = (int(message.split(flag)[1].split()[0].rstrip(",")) for flag in ("--batch_size", "--gradient_accumulation_steps"))
@@ -226,7 +226,7 @@ def test_too_little_memory_is_refused_with_a_batch_that_fits(tmp_path, sample_di
     for larger in (b for b in range(batch + 1, 512) if 1024 % b == 0):
         model, config = GPT(GPTConfig.nano(n_layer=2, n_embd=256, vocab_size=512, block_size=128)), TrainConfig()
         assert estimates.memory_estimate(model, config, torch.float32, larger, "cpu", False) > 0.7e9
-    monkeypatch.setattr("train.available_memory", lambda device: 0.1e9)
+    monkeypatch.setattr("estimates.available_memory", lambda device: 0.1e9)
     assert "smaller model" in mistake("train.py", *large, cwd=tmp_path)
     assert not (tmp_path / "run").exists()
 

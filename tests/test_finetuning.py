@@ -8,8 +8,8 @@ import torch
 import transformers
 
 import checkpoints_io as ckpt
-import finetuning
 import prepare_data
+import starting_point
 import train
 from config import GPTConfig, TrainConfig
 from models import GPT
@@ -148,7 +148,7 @@ def test_adapting_a_run_to_another_text(tmp_path, trained_run, sample_dir, scrip
     run, source = (ckpt.load_checkpoint(path / "best_model.pt") for path in (tmp_path / "run", trained_run))
     assert run["tokenizer"] == source["tokenizer"] and run["model_config"] == source["model_config"]
     assert run["init_from"]["name"] == str(trained_run)
-    assert run["train_config"]["learning_rate"] == finetuning.VALUES["learning_rate"]
+    assert run["train_config"]["learning_rate"] == starting_point.VALUES["learning_rate"]
     assert "finished at step 12" in script("train.py", *arguments).stdout
     again = [word if word != str(trained_run) else str(tmp_path / "run") for word in arguments]
     assert "did not start from" in script("train.py", *again, code=2).stderr
@@ -199,7 +199,7 @@ def test_gpt2_by_name(tmp_path, monkeypatch):
     (path / "tokenizer.json").write_text(byte_tokenizer().json)
     asked = []
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: asked.append(name) or str(path))
-    source = finetuning.read_source("gpt2")
+    source = starting_point.read_source("gpt2")
     assert asked == ["openai-community/gpt2"] and source["origin"]["name"] == "gpt2" and len(source["origin"]["sha256"]) == 64
 
     def offline(name, **options):
@@ -207,7 +207,7 @@ def test_gpt2_by_name(tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(ValueError, match="gpt2 can't be had from the Hugging Face hub"):
-        finetuning.read_source("gpt2")
+        starting_point.read_source("gpt2")
 
 
 def test_tokenizer_files_that_differ_in_format_only_are_the_same():
@@ -220,9 +220,9 @@ def test_tokenizer_files_that_differ_in_format_only_are_the_same():
 
 
 def test_fine_tuning_values_give_way_to_flags():
-    config = finetuning.with_values(TrainConfig(batch_size=3, max_steps=7), {"batch_size", "max_steps"})
+    config = starting_point.with_values(TrainConfig(batch_size=3, max_steps=7), {"batch_size", "max_steps"})
     assert config.batch_size == 3 and config.max_steps == 7 and config.epochs is None
-    assert finetuning.with_values(TrainConfig(), set()).epochs == finetuning.VALUES["epochs"]
+    assert starting_point.with_values(TrainConfig(), set()).epochs == starting_point.VALUES["epochs"]
 
 
 def test_replay_mixes_the_old_domain_in(tmp_path, trained_run, sample_dir):

@@ -13,10 +13,10 @@ import utils
 from tests.conftest import ROOT
 
 SOURCES = sorted(ROOT.glob("*.py"))
-SCRIPTS = {"prepare_data", "tokenizer_train", "train", "evaluate", "compare", "export_model", "generate"}
+SCRIPTS = {"prepare_data", "tokenizer_train", "train", "evaluate", "compare", "export_model", "generate", "benchmark"}
 # A module imports only from those before it; a script, besides, another script whose stage it runs whole.
 ORDER = ["config", "utils", "models", "twins", "optimizers", "sample_corpus", "text_sources", "tokenizers_io", "token_files", "run_log"]
-ORDER += ["checkpoints_io", "measures", "estimates", "trainer"]
+ORDER += ["checkpoints_io", "measures", "estimates", "parallel", "batches", "trainer", "starting_point"]
 
 
 def calls(tree: ast.AST):

@@ -1,20 +1,27 @@
-"""Continue from another model's weights: its shape and tokenizer, and rates for a model that already knows something."""
+"""What a run starts from: nothing, a run to resume, or another model's weights; and the configuration that follows from it."""
 
 import dataclasses
 import hashlib
+import math
 import os
 from pathlib import Path
 
 import checkpoints_io as ckpt
 from config import GPTConfig, TrainConfig
+from token_files import TrainingData
 from tokenizers_io import TextTokenizer
 from utils import notice
+
+# What may change when a run is resumed; everything else would make it another run.
+CHANGEABLE = {"max_steps", "epochs", "eval_interval", "eval_tokens", "checkpoint_interval", "keep_checkpoints", "log_interval"}
+CHANGEABLE |= {"max_tokens", "patience", "sample_tokens", "sample_prompt", "tensorboard"}
+CHANGEABLE |= {"device", "dtype", "compile", "warmup_steps", "learning_rate", "muon_learning_rate"}
 
 HUB_NAMES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium")}
 HUB_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 OWN_SHAPE = {"dropout", "flash", "block_size"}  # what may differ from the source's shape
 
-# What a field is set to unless a flag says otherwise; chosen by measurement (MEASUREMENTS.md).
+# For a model that already knows something: what a field is set to unless a flag says otherwise; chosen by measurement (MEASUREMENTS.md).
 VALUES = {
     "learning_rate": 3e-4,
     "muon_learning_rate": 2e-3,
@@ -27,6 +34,50 @@ VALUES = {
     "eval_interval": 200,
     "checkpoint_interval": 200,
 }
+
+
+# ---------------------------------------------------------------- nothing, or a run to resume
+
+
+def fit_to_data(model: GPTConfig, given: set[str], new_data: bool, tokenizer: TextTokenizer) -> GPTConfig:
+    """The model's shape with the tokenizer's vocabulary. Raises ValueError if a flag asks for another, unless the data is made for it."""
+    asked = model.vocab_size
+    if "vocab_size" in given and not new_data and asked != tokenizer.vocab_size:
+        raise ValueError(f"vocab_size={asked}, but the data's tokenizer has {tokenizer.vocab_size} ids; leave --vocab_size out")
+    return dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
+
+
+def fix_length(config: TrainConfig, keep_warmup: bool, data: TrainingData) -> TrainConfig:
+    """The configuration with epochs or tokens turned into steps, and warmup at most a tenth of the run unless it is to be kept."""
+    max_steps, windows = config.max_steps, config.batch_size * config.gradient_accumulation_steps
+    if config.max_tokens is not None:
+        max_steps = math.ceil(config.max_tokens / (windows * data.block_size))
+    if config.epochs is not None:
+        if data.mixed:
+            raise ValueError("--epochs has no meaning for weighted directories; give --max_steps or --max_tokens")
+        max_steps = max(1, math.ceil(config.epochs * data.samples_per_epoch / windows))
+    warmup = config.warmup_steps if keep_warmup else min(config.warmup_steps, max_steps // 10)
+    return dataclasses.replace(config, max_steps=max_steps, warmup_steps=warmup)
+
+
+def merge_resumed(model: GPTConfig, train: TrainConfig, given: set[str], content: dict) -> tuple[GPTConfig, TrainConfig]:
+    """The saved run's configuration, with those changes that flags ask for. Raises ValueError for a change that makes it another run."""
+    saved = {GPTConfig: content["model_config"], TrainConfig: content["train_config"]}
+    merged = []
+    for kind, now in ((GPTConfig, model), (TrainConfig, train)):
+        values = saved[kind].copy()
+        for name in [f.name for f in dataclasses.fields(kind) if f.name in given]:
+            value = getattr(now, name)
+            if value != values.get(name) and name not in CHANGEABLE:
+                raise ValueError(
+                    f"the run to resume has {name}={values.get(name)}, not {value}; leave the flag out, or start in another --out_dir"
+                )
+            values[name] = value
+        merged.append(kind(**values))
+    return merged[0], merged[1]
+
+
+# ---------------------------------------------------------------- another model
 
 
 def read_source(name: str) -> dict:

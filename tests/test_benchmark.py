@@ -1,0 +1,72 @@
+"""benchmark.py on tiny shapes, beside a stand-in for nanoGPT that prints what nanoGPT prints."""
+
+import re
+
+import pytest
+
+import benchmark
+
+PEER = """
+import sys
+steps = int(next(a.split("=")[1] for a in sys.argv if a.startswith("--max_iters")))
+assert any(a.startswith("--n_layer=") for a in sys.argv) and "--compile=False" in sys.argv
+print("step 0: train loss 4.2, val loss 4.2")
+for i in range(steps + 1):
+    print(f"iter {i}: loss 4.0000, time {1000 if i in (0, steps) else 20 + i % 2:.2f}ms, mfu -100.00%")
+"""
+
+
+@pytest.fixture
+def peer(tmp_path):
+    directory = tmp_path / "peer"
+    directory.mkdir()
+    (directory / "train.py").write_text(PEER)
+    for name in ("model.py", "configurator.py"):
+        (directory / name).write_text("")
+    return directory
+
+
+def test_seconds_of_nanogpt_leave_out_iterations_with_an_evaluation():
+    output = "iter 0: loss 10.9, time 900.0ms, mfu -100%\niter 1: loss 9.1, time 20.50ms, mfu 1%\niter 2: loss 9.0, time 700.00ms, mfu 1%"
+    assert benchmark.nanogpt_seconds(output) == [0.0205]
+
+
+def test_train_beside_a_peer(peer, monkeypatch, capsys):
+    """A line for each way of ours and for the peer, with ratios of speed and memory that follow from the rates printed."""
+    shape = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 16, "batch_size": 4}
+    monkeypatch.setitem(benchmark.SHAPES, "cpu", shape)
+    monkeypatch.setattr(benchmark, "VOCABULARY", 300)
+    assert benchmark.main(["train", "--against", "nanogpt", str(peer), "--rounds", "1", "--steps", "6", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    rows = {line.split("  ")[0].split(" (")[0].strip(): line for line in out.splitlines()[1:]}
+    assert len(rows) == 4 and "GFLOP/s" in out
+    rates = {name[:14].strip(): float(re.search(r"([\d,]+) \(", line)[1].replace(",", "")) for name, line in rows.items()}
+    theirs = next(rate for name, rate in rates.items() if name.startswith("nanoGPT"))
+    assert theirs == pytest.approx(4 * 16 / 0.0205, rel=0.05)
+    for line in rows.values():
+        if "nanoGPT's speed" in line:
+            ratio, rate = float(re.search(r"; ([\d.e+]+) \(", line)[1]), float(re.search(r"([\d,]+) \(", line)[1].replace(",", ""))
+            assert ratio == pytest.approx(rate / theirs, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [
+        (["train", "--against", "llama", "."], "unknown peer 'llama'"),
+        (["train", "--against", "nanogpt", "nowhere"], "no train.py in nowhere"),
+        (["quality"], "quality needs --text"),
+        (["speed"], "speed"),
+        (["train", "--rounds", "0"], "rounds=0"),
+    ],
+)
+def test_mistakes(tmp_path, mistake, flags, part):
+    assert part in mistake("benchmark.py", *flags, cwd=tmp_path)
+
+
+def test_a_peer_that_fails_is_one_sentence(peer, tmp_path, mistake, monkeypatch):
+    (peer / "train.py").write_text("raise SystemExit('no such option')")
+    monkeypatch.setitem(benchmark.SHAPES, "cpu", {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 8, "batch_size": 1})
+    monkeypatch.setattr(benchmark, "VOCABULARY", 300)
+    monkeypatch.setattr(benchmark, "our_training", lambda *args: benchmark.Finished("", 1.0))
+    monkeypatch.setattr(benchmark, "our_rates", lambda out: [1.0] * 9)
+    assert "no such option" in mistake("benchmark.py", "train", "--against", "nanogpt", peer, "--rounds", "1", cwd=tmp_path)
