@@ -231,7 +231,7 @@ PRESETS = {
             "batch_size": 2,
             "gradient_accumulation_steps": 1,
             "max_steps": 2800,
-            "learning_rate": 3e-3,
+            "learning_rate": 1e-2,
             "muon_learning_rate": 0.01,
             "warmup_steps": 100,
             "lr_schedule": "linear",

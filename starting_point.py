@@ -23,7 +23,7 @@ OWN_SHAPE = {"dropout", "flash", "block_size"}  # what may differ from the sourc
 
 # For a model that already knows something: what a field is set to unless a flag says otherwise; chosen by measurement (MEASUREMENTS.md).
 VALUES = {
-    "learning_rate": 3e-4,
+    "learning_rate": 1e-3,  # at a width of 128; falls with the width, as the presets' rates do
     "muon_learning_rate": 2e-3,
     "batch_size": 8,
     "gradient_accumulation_steps": 1,
@@ -110,10 +110,12 @@ def download(name: str) -> Path:
         ) from None
 
 
-def with_values(config: TrainConfig, given: set[str]) -> TrainConfig:
-    """The configuration with fine-tuning's values in the fields that no flag sets."""
+def with_values(config: TrainConfig, given: set[str], n_embd: int) -> TrainConfig:
+    """The configuration with fine-tuning's values, for a model of this width, in the fields that no flag sets."""
     length = {"epochs", "max_steps", "max_tokens"}
     values = {key: value for key, value in VALUES.items() if key not in given and not (key in length and length & given)}
+    if "learning_rate" in values:
+        values["learning_rate"] *= min(1.0, 128 / n_embd)
     if length & given and "epochs" not in given:
         values["epochs"] = None
     if "learning_rate" in given and "muon_learning_rate" not in given and config.optimizer == "muon":

@@ -2,7 +2,6 @@
 
     python train.py --preset nano
     python train.py --data_dir ./data_stories --preset mini --max_steps 2000 --out_dir ./checkpoints/stories
-    python train.py --dataset path/to/dataset.txt --epochs 10 --batch_size 32
     python train.py --preset nano --resume auto
     python train.py --init_from checkpoints/stories --dataset book.txt --also_eval ./data_stories
     torchrun --nproc_per_node=2 train.py --preset nano
@@ -282,7 +281,8 @@ def make_plan(args: Arguments, given: set[str], run_path: Path, processes: Proce
         model_config, config = merge_resumed(args.model, args.train, given - {"vocab_size"}, resumed[1])
     elif source is not None:
         check_tokenizer(source, directories[0].tokenizer, directories[0].name)
-        model_config, config = source_shape(source, args.model, given), with_values(args.train, given)
+        model_config = source_shape(source, args.model, given)
+        config = with_values(args.train, given, model_config.n_embd)
     else:
         model_config, config = fit_to_data(args.model, given, args.dataset is not None, directories[0].tokenizer), args.train
     data = TrainingData(directories, weights, model_config.block_size, config.seed)

@@ -220,9 +220,10 @@ def test_tokenizer_files_that_differ_in_format_only_are_the_same():
 
 
 def test_fine_tuning_values_give_way_to_flags():
-    config = starting_point.with_values(TrainConfig(batch_size=3, max_steps=7), {"batch_size", "max_steps"})
+    config = starting_point.with_values(TrainConfig(batch_size=3, max_steps=7), {"batch_size", "max_steps"}, 128)
     assert config.batch_size == 3 and config.max_steps == 7 and config.epochs is None
-    assert starting_point.with_values(TrainConfig(), set()).epochs == starting_point.VALUES["epochs"]
+    assert starting_point.with_values(TrainConfig(), set(), 1024).learning_rate == starting_point.VALUES["learning_rate"] / 8
+    assert starting_point.with_values(TrainConfig(), set(), 128).epochs == starting_point.VALUES["epochs"]
 
 
 def test_replay_mixes_the_old_domain_in(tmp_path, trained_run, sample_dir):
