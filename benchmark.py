@@ -44,6 +44,11 @@ SHAPES = {
     "cpu": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 128, "batch_size": 16},
     "cuda": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "batch_size": 16},
 }
+OUR_WAYS = {
+    "AdamW, compiled": {"optimizer": "adamw", "compile": "True"},
+    "AdamW, eager": {"optimizer": "adamw", "compile": "False"},
+    "Muon, compiled": {"optimizer": "muon", "compile": "True"},
+}
 # nanoGPT's documented run on a CPU, and what we set against it: no more parameters, the same context of 64 characters
 NANOGPT_QUALITY = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "batch_size": 12, "max_iters": 2000, "lr_decay_iters": 2000}
 OUR_QUALITY = {"preset": "nano", "n_hidden": 320, "block_size": 64, "learning_rate": 1e-2, "muon_learning_rate": 0.02, "warmup_steps": 20}
@@ -71,8 +76,6 @@ class Arguments:
     def __post_init__(self):
         if self.against is not None and self.against[0] not in PEERS:
             raise ValueError(f"unknown peer {self.against[0]!r}; take {', '.join(PEERS)}, followed by the directory of its checkout")
-        if self.against is not None and not (Path(self.against[1]) / "train.py").is_file():
-            raise ValueError(f"no train.py in {self.against[1]}; give the directory of nanoGPT's checkout")
         if self.rounds < 1 or self.steps < 4:
             raise ValueError(f"rounds={self.rounds} must be at least 1 and steps={self.steps} at least 4")
         if self.stage == "quality" and (self.text is None or self.against is None):
@@ -200,11 +203,7 @@ def benchmark_train(args: Arguments, cwd: Path, device: str) -> None:
     Tokenizer(models.WordLevel(words, unk_token=EOT)).save(str(cwd / "tokenizer.json"))
     steps = {"max_steps": args.steps, "eval_interval": args.steps, "eval_tokens": 2000, "gradient_accumulation_steps": 1}
     base = shape | steps | {"arch": "gpt2", "tokenizer": "tokenizer.json", "device": device}
-    ours = {
-        "AdamW, compiled": base | {"optimizer": "adamw", "compile": "True"},
-        "AdamW, eager": base | {"optimizer": "adamw", "compile": "False"},
-        "Muon, compiled": base | {"optimizer": "muon", "compile": "True"},
-    }
+    ours = {name: base | values for name, values in OUR_WAYS.items()}
     peer = lay_out_nanogpt(Path(args.against[1]), cwd) if args.against else None
     if peer is not None:
         for split in ("train", "val"):
@@ -282,6 +281,8 @@ def benchmark_quality(args: Arguments, cwd: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = read_command_line(Arguments, argv, __doc__)
+    if args.against is not None and not (Path(args.against[1]) / "train.py").is_file():
+        raise FileNotFoundError(f"no train.py in {args.against[1]}; give the directory of nanoGPT's checkout")
     with tempfile.TemporaryDirectory() as directory:
         if args.stage == "train":
             benchmark_train(args, Path(directory), choose_device(args.device))

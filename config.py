@@ -103,8 +103,8 @@ class GPTConfig:
 
     @classmethod
     def mini(cls, **overrides) -> "GPTConfig":
-        """6 layers x 384: about 11M parameters besides the token embedding, 30M with GPT-2's vocabulary."""
-        return cls(**{"block_size": 128, "n_layer": 6, "n_head": 6, "n_embd": 384} | overrides)
+        """6 layers x 384: about 11M parameters besides the token embedding, 30M with GPT-2's vocabulary. Family chosen by measurement."""
+        return cls(**{"block_size": 128, "n_layer": 6, "n_head": 6, "n_embd": 384, "arch": "qwen3"} | overrides)
 
     @classmethod
     def tiny(cls, **overrides) -> "GPTConfig":
@@ -241,7 +241,19 @@ PRESETS = {
             "checkpoint_interval": 400,
         },
     ),
-    "mini": (GPTConfig.mini, {"learning_rate": 1e-3, "max_steps": 5_000, "lr_schedule": "linear", "final_lr_fraction": 0.0}),
+    "mini": (
+        GPTConfig.mini,
+        {
+            "batch_size": 16,
+            "gradient_accumulation_steps": 1,
+            "max_steps": 5_000,
+            "learning_rate": 1e-3,
+            "muon_learning_rate": 0.01,
+            "warmup_steps": 100,
+            "lr_schedule": "linear",
+            "final_lr_fraction": 0.0,
+        },
+    ),
     "tiny": (GPTConfig.tiny, {"learning_rate": 6e-4, "max_steps": 20_000}),
     "small": (GPTConfig.small, {"learning_rate": 4e-4}),
     "medium": (GPTConfig.medium, {"learning_rate": 3e-4}),
