@@ -222,8 +222,8 @@ class TrainConfig:
 
 
 # A preset is a model and the training values that go with it; values it does not name stay as they stand in train_config.
-# nano's and mini's values were measured (MEASUREMENTS.md). The larger ones follow a rule and are unmeasured: the AdamW part's
-# peak falls with the width (3e-3 at 128 to 3e-4 at 1024), Muon's stays, warmup is the default.
+# nano's and mini's values were measured (MEASUREMENTS.md). The larger ones follow a rule and are unmeasured: the AdamW part's peak
+# falls with the width, from 3e-3 at 384 on the cautious side (6e-4 at 512, 3e-4 at 1024), Muon's stays, warmup is the default.
 PRESETS = {
     "nano": (
         GPTConfig.nano,
@@ -247,7 +247,7 @@ PRESETS = {
             "batch_size": 16,
             "gradient_accumulation_steps": 1,
             "max_steps": 5_000,
-            "learning_rate": 1e-3,
+            "learning_rate": 3e-3,
             "muon_learning_rate": 0.01,
             "warmup_steps": 100,
             "lr_schedule": "linear",
