@@ -25,7 +25,8 @@ with needs_packages():
     import sample_corpus
     from text_sources import HubSplit, TextFile, find_files, first_bytes, open_dataset
     from token_files import DTYPE, DataDirectoryWriter
-    from tokenizers_io import EOT, KINDS, TextTokenizer, load_tokenizer, make_tokenizer
+    from tokenizer_kinds import make_tokenizer
+    from tokenizers_io import EOT, KINDS, TextTokenizer, load_tokenizer
 
 SAMPLE_VOCAB_SIZE = 1500
 SAMPLE_TRAIN_BYTES = 4_000_000  # enough to see every word of the grammar many times

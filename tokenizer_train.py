@@ -12,7 +12,8 @@ with needs_packages():
     from typing import Literal
 
     from text_sources import find_files, first_bytes
-    from tokenizers_io import EOT, make_tokenizer
+    from tokenizer_kinds import make_tokenizer
+    from tokenizers_io import EOT
 
 
 @dataclass(frozen=True)

@@ -3,19 +3,26 @@
 Byte-level BPE files get a tiktoken twin that encodes several times faster, with identical ids. This module doesn't import torch.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import tiktoken
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 
 EOT = "<|endoftext|>"
 UNKNOWN = "<|unk|>"
-KINDS = ("gpt2", "bpe", "byte", "char")
+PADDING = "<|pad|>"
+KINDS = ("gpt2", "bpe", "wordpiece", "word", "char", "byte")
 MAX_VOCAB_SIZE = 65_536  # token files hold uint16
+PIECE = 2**20  # characters; longer texts are encoded in pieces, so that memory stays bounded
+# where a text may be cut without changing its ids: none of our pre-tokenizers looks back across, or joins, a word and the space behind it
+CUT = re.compile(r"(?<=\S)[ \n]")
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
 
@@ -36,6 +43,7 @@ class TextTokenizer:
     json: the file's text, never re-serialised. vocab_size: number of ids. eot_id: the id that ends every document.
     loss_reason: None if text without unknown tokens survives encoding and decoding, else why not.
     unknown_id: the id that stands for what the tokenizer doesn't know, None where it knows all.
+    pad_id: what fills up shorter rows; where the kind has no padding token the EOT, as is usual with GPT-2.
     Raises ValueError for a file that is no tokenizer, has no `<|endoftext|>`, or is too large for uint16.
     """
 
@@ -57,11 +65,13 @@ class TextTokenizer:
         if self.vocab_size > MAX_VOCAB_SIZE:
             raise ValueError(f"{name} has {self.vocab_size} tokens, but uint16 token files hold at most {MAX_VOCAB_SIZE}")
         self.eot_id = ids[EOT]
+        self.pad_id = ids.get(PADDING, self.eot_id)
         self.special_ids = {added["id"] for added in description["added_tokens"] if added["special"]}
         self.unknown_id = ids.get((description["model"].get("unk_token") or ""), None)
         self.description = description
+        self.normalizers = self._normalizers()
         self.byte_level = self._is_byte_level()
-        self.loss_reason = None if self.byte_level else self._why_lossy()
+        self.loss_reason = self._why_lossy()
 
     def same_ids(self, other: "TextTokenizer") -> bool:
         """Whether both give every text the same ids, though their files may be formatted differently."""
@@ -73,31 +83,51 @@ class TextTokenizer:
 
         return self.sha256 == other.sha256 or essence(self) == essence(other)
 
+    def _normalizers(self) -> tuple[str, ...]:
+        """What the tokenizer does to a text before it encodes it, in order, e.g. ("Lowercase", "NFC")."""
+        normalizer = self.description["normalizer"] or {"type": "Sequence", "normalizers": []}
+        parts = normalizer["normalizers"] if normalizer["type"] == "Sequence" else [normalizer]
+        return tuple(part["type"] for part in parts)
+
+    def _splitters(self) -> list[dict]:
+        splitter = self.description["pre_tokenizer"] or {"type": "Sequence", "pretokenizers": []}
+        return splitter["pretokenizers"] if splitter["type"] == "Sequence" else [splitter]
+
+    def _splits_as_gpt2(self) -> bool:
+        """Whether GPT-2's pre-tokenizer comes last; what stands before it may only split at characters."""
+        *first, last = self._splitters() or [{}]
+        gpt2 = last.get("type") == "ByteLevel" and last.get("use_regex", True) and not last.get("add_prefix_space")
+        return gpt2 and all(splitter["type"] == "Split" and splitter["pattern"] == {"String": "#"} for splitter in first)
+
     def _is_byte_level(self) -> bool:
-        d = self.description
-        splitter = d["pre_tokenizer"] or {}
-        model = d["model"]
+        model, splitters = self.description["model"], self._splitters()
         return (
             model["type"] == "BPE"
-            and d["normalizer"] is None
-            and splitter.get("type") == "ByteLevel"
-            and not splitter.get("add_prefix_space")
+            and set(self.normalizers) <= {"NFC", "Lowercase"}
+            and len(splitters) == 1
+            and splitters[0]["type"] == "ByteLevel"
+            and not splitters[0].get("add_prefix_space")
             and not (model.get("unk_token") or model.get("byte_fallback") or model.get("dropout"))
-            and (d["decoder"] or {}).get("type") == "ByteLevel"
+            and (self.description["decoder"] or {}).get("type") == "ByteLevel"
             and all(character in model["vocab"] for character in byte_characters())
         )
 
     def _why_lossy(self) -> str | None:
-        if self.description["normalizer"] is not None:
+        if set(self.normalizers) - {"NFC"}:  # NFC only writes the same characters in one way
             return "the tokenizer changes text before it encodes it"
-        by_character = self.description["model"]["type"] == "WordLevel" and (self.description["decoder"] or {}).get("type") == "Fuse"
-        return None if by_character else "the tokenizer does not give back every text exactly"
+        model, decoder = self.description["model"]["type"], self.description["decoder"] or {}
+        decoders = [part["type"] for part in decoder.get("decoders", [decoder]) if part]
+        by_character = model == "WordLevel" and decoders == ["Fuse"]
+        by_word = model == "WordLevel" and decoders == ["ByteLevel"] and self._splits_as_gpt2()
+        by_part = model == "WordPiece" and decoders == ["Replace", "ByteLevel"] and self._splits_as_gpt2() and len(self._splitters()) == 2
+        lossless = self.byte_level or by_character or by_word or by_part
+        return None if lossless else "the tokenizer does not give back every text exactly"
 
     @functools.cached_property
     def twin(self) -> tiktoken.Encoding | None:
         """The tiktoken encoding with the same ids, or None where that isn't certain."""
-        model, splitter = self.description["model"], self.description["pre_tokenizer"] or {}
-        if not self.byte_level or not splitter.get("use_regex", True) or model.get("ignore_merges") or model.get("end_of_word_suffix"):
+        model = self.description["model"]
+        if not self.byte_level or not self._splits_as_gpt2() or model.get("ignore_merges") or model.get("end_of_word_suffix"):
             return None
         if model.get("continuing_subword_prefix") or any(not added["special"] for added in self.description["added_tokens"]):
             return None
@@ -110,19 +140,81 @@ class TextTokenizer:
         ranks = {bytes(byte_of[character] for character in token): i for token, i in vocab.items()}
         return tiktoken.Encoding("twin", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special)
 
+    @functools.cached_property
+    def ids_are_bytes(self) -> bool:
+        """Whether the ids are the text's UTF-8 bytes (kind `byte`)."""
+        model = self.description["model"]
+        return self.byte_level and not model["merges"] and [model["vocab"][c] for c in byte_characters()] == list(range(256))
+
+    def normalize(self, text: str) -> str:
+        """The text as the tokenizer reads it: lowercased, in NFC, where its file says so. Doing it twice changes nothing more."""
+        if not self.normalizers:
+            return text
+        if text.isascii() and set(self.normalizers) <= {"NFC", "Lowercase"}:
+            return text.lower() if "Lowercase" in self.normalizers else text
+        return self.tokenizer.normalizer.normalize_str(text)
+
+    def _pieces(self, text: str) -> Iterator[str]:
+        """A long text in pieces that give the same ids one by one; whole where that isn't certain."""
+        start = 0
+        while len(text) - start > PIECE and self._splits_as_gpt2() and (cut := CUT.search(text, start + PIECE)):
+            yield text[start : cut.start()]
+            start = cut.start()
+        yield text[start:]
+
+    def _encode_piece(self, text: str) -> np.ndarray:
+        if self.ids_are_bytes:
+            return np.frombuffer(text.encode(), np.uint8).astype(np.uint16)
+        if self.twin is not None:
+            with _without_panic():
+                return self.twin.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
+        return np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, np.uint16)
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a text; special tokens in it are treated as ordinary text."""
-        if self.twin is not None:
-            try:
-                return self.twin.encode_ordinary(text)
-            except BaseException as error:  # tiktoken's regex panics on a million spaces; pyo3's PanicException is no Exception
-                if type(error).__name__ != "PanicException":
-                    raise
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        return np.concatenate([self._encode_piece(piece) for piece in self._pieces(self.normalize(text))]).tolist()
+
+    def encode_documents(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Documents, already normalized -> their ids with an EOT behind each (tokens,) uint16, and the tokens of each (len(texts),) int64.
+
+        The ids are those of `encode`; many short documents take one call of tiktoken.
+        """
+        if self.twin is not None and not self.ids_are_bytes and sum(map(len, texts)) <= 2 * PIECE:
+            joined = EOT.join([*texts, ""])
+            if joined.count(EOT) == len(texts):  # no document contains the literal itself
+                with _without_panic():
+                    ids = self.twin.encode_to_numpy(joined, allowed_special={EOT}, disallowed_special=()).astype(np.uint16)
+                    return ids, np.diff(np.flatnonzero(ids == self.eot_id), prepend=-1)
+        end = np.array([self.eot_id], np.uint16)
+        parts = [np.concatenate([*map(self._encode_piece, self._pieces(text)), end]) for text in texts]
+        return np.concatenate([np.empty(0, np.uint16), *parts]), np.array([len(part) for part in parts], np.int64)
+
+    def encode_padded(self, texts: list[str], max_length: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Texts as rows of equal length, for those who batch text themselves: ids (N, T) int64 and mask (N, T) bool, False on padding.
+
+        T is the longest text's length; longer ones than max_length lose their end. Padding (pad_id) stands on the right.
+        """
+        rows = [self.encode(text)[:max_length] for text in texts]
+        mask = np.arange(max(map(len, rows), default=0)) < np.array([len(row) for row in rows])[:, None]
+        ids = np.full(mask.shape, self.pad_id, np.int64)
+        ids[mask] = [i for row in rows for i in row]
+        return ids, mask
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids; special tokens are left out."""
         return self.tokenizer.decode([i for i in ids if i not in self.special_ids], skip_special_tokens=False)
+
+
+@contextlib.contextmanager
+def _without_panic() -> Iterator[None]:
+    """tiktoken's regex runs out of stack on a million spaces. Then what follows the block encodes with `tokenizers`."""
+    try:
+        yield
+    except ValueError:
+        pass
+    except BaseException as error:  # where it panics: pyo3's PanicException is no Exception
+        if type(error).__name__ != "PanicException":
+            raise
 
 
 def load_tokenizer(path: str | Path) -> TextTokenizer:
@@ -135,95 +227,3 @@ def load_tokenizer(path: str | Path) -> TextTokenizer:
         return TextTokenizer(path.read_text(encoding="utf-8"), str(path))
     except UnicodeDecodeError:
         raise ValueError(f"{path} is no Hugging Face tokenizer.json (not UTF-8); make one with tokenizer_train.py") from None
-
-
-def _finish(tokenizer: Tokenizer, *special: str) -> TextTokenizer:
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (EOT, *special)])
-    return TextTokenizer(tokenizer.to_str())
-
-
-def _byte_level(model) -> Tokenizer:
-    """Without a pre-tokenizer `tokenizers` takes memory out of all proportion; GPT-2's keeps words apart."""
-    tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
-
-
-@functools.lru_cache(maxsize=1)
-def gpt2_tokenizer() -> TextTokenizer:
-    """GPT-2's tokenizer, ids identical to tiktoken's. Raises ValueError if tiktoken can't get its files."""
-    try:
-        encoding = tiktoken.get_encoding("gpt2")
-    except Exception as error:  # requests' errors, or an OSError of the cache directory
-        raise ValueError(
-            f"GPT-2's tokenizer files can't be had ({type(error).__name__}: tiktoken downloads them once); "
-            "pass --tokenizer bpe to train a tokenizer on your own text, which needs no network"
-        ) from None
-    ranks = encoding._mergeable_ranks
-    characters = byte_characters()
-    merges = []
-    for token, rank in ranks.items():
-        if len(token) > 1:
-            left, right = _last_merge(token, rank, ranks)
-            merges.append((rank, "".join(characters[b] for b in left), "".join(characters[b] for b in right)))
-    vocab = {"".join(characters[b] for b in token): rank for token, rank in ranks.items()}
-    return _finish(_byte_level(models.BPE(vocab, [(left, right) for _, left, right in sorted(merges)])))
-
-
-def _last_merge(token: bytes, rank: int, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
-    """The two parts that byte pair encoding joins last to make `token`: merge its bytes with all earlier ranks."""
-    parts = [token[i : i + 1] for i in range(len(token))]
-    while len(parts) > 2:
-        pairs = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
-        best = min(range(len(pairs)), key=pairs.__getitem__)
-        assert pairs[best] < rank, f"{token!r} is no product of byte pair merges"
-        parts[best : best + 2] = [parts[best] + parts[best + 1]]
-    return parts[0], parts[1]
-
-
-def train_bpe(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
-    """Byte-level BPE trained on `texts`; deterministic. May have fewer tokens than asked for where the text gives no more merges.
-
-    Raises ValueError for a vocab_size that can't hold the 256 bytes and `<|endoftext|>`, or is above 65,536.
-    """
-    if not 257 <= vocab_size <= MAX_VOCAB_SIZE:
-        raise ValueError(f"vocab_size={vocab_size} must be between 257 (all bytes and {EOT}) and {MAX_VOCAB_SIZE} (uint16 token files)")
-    tokenizer = _byte_level(models.BPE())
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[EOT], initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
-    return TextTokenizer(tokenizer.to_str())
-
-
-def byte_tokenizer() -> TextTokenizer:
-    """Each UTF-8 byte is its own id 0..255; `<|endoftext|>` is 256."""
-    return _finish(_byte_level(models.BPE({character: byte for byte, character in enumerate(byte_characters())}, [])))
-
-
-def char_tokenizer(texts: Iterable[str]) -> TextTokenizer:
-    """Each character of `texts` is an id; others become `<|unk|>`."""
-    found: set[str] = set()
-    for text in texts:
-        found.update(text)
-    characters = sorted(found)
-    vocab = {EOT: 0, UNKNOWN: 1} | {character: i + 2 for i, character in enumerate(characters)}
-    if len(vocab) > MAX_VOCAB_SIZE:
-        raise ValueError(f"the text has {len(characters)} different characters, too many for uint16 token files; pass --tokenizer bpe")
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return _finish(tokenizer, UNKNOWN)
-
-
-def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int) -> TextTokenizer:
-    """The tokenizer of a kind (`KINDS`), trained on `texts` where the kind is trained, or read from a path."""
-    if kind == "gpt2":
-        return gpt2_tokenizer()
-    if kind == "bpe":
-        return train_bpe(texts, vocab_size)
-    if kind == "byte":
-        return byte_tokenizer()
-    if kind == "char":
-        return char_tokenizer(texts)
-    return load_tokenizer(kind)

@@ -53,7 +53,7 @@ with needs_packages():
         with_values,
     )
     from token_files import META, DataDirectory, TrainingData, parse_weighted
-    from tokenizers_io import make_tokenizer
+    from tokenizer_kinds import make_tokenizer
     from trainer import Run
 
 FAMILY_FIELDS = {"bias": None, "n_kv_head": None, "rope_theta": None}

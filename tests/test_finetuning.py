@@ -15,7 +15,8 @@ from config import GPTConfig, TrainConfig
 from models import GPT
 from run_log import read_metrics
 from tests.conftest import tiny
-from tokenizers_io import TextTokenizer, byte_tokenizer
+from tokenizer_kinds import byte_tokenizer
+from tokenizers_io import TextTokenizer
 from twins import config_from_hf, from_hf, to_hf
 
 FAMILIES = {

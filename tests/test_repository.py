@@ -15,7 +15,19 @@ from tests.conftest import ROOT
 SOURCES = sorted(ROOT.glob("*.py"))
 SCRIPTS = {"prepare_data", "tokenizer_train", "train", "evaluate", "compare", "export_model", "generate", "benchmark"}
 # A module imports only from those before it; a script, besides, another script whose stage it runs whole.
-ORDER = ["config", "utils", "models", "twins", "optimizers", "sample_corpus", "text_sources", "tokenizers_io", "token_files", "run_log"]
+ORDER = [
+    "config",
+    "utils",
+    "models",
+    "twins",
+    "optimizers",
+    "sample_corpus",
+    "text_sources",
+    "tokenizers_io",
+    "tokenizer_kinds",
+    "token_files",
+    "run_log",
+]
 ORDER += ["checkpoints_io", "measures", "estimates", "parallel", "batches", "trainer", "starting_point"]
 
 
@@ -54,7 +66,9 @@ def test_imports_go_down_only(path):
         assert imported <= set(ORDER[: ORDER.index(path.stem)])
 
 
-@pytest.mark.parametrize("name", ["token_files", "tokenizers_io", "text_sources", "sample_corpus"])
+@pytest.mark.parametrize(
+    "name", ["token_files", "tokenizers_io", "tokenizer_kinds", "corpus", "document_encoder", "data_report", "sample_corpus"]
+)
 def test_preparation_does_not_import_torch(name):
     import subprocess
 

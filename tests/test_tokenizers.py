@@ -1,7 +1,10 @@
 """Tokenizers: identical to tiktoken and tokenizers, lossless where they say so, never leaking the end-of-text id."""
 
 import json
+import sys
+import unicodedata
 
+import numpy as np
 import pytest
 import tiktoken
 from hypothesis import given, settings
@@ -9,12 +12,18 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 import sample_corpus
-from tokenizers_io import EOT, TextTokenizer, byte_tokenizer, char_tokenizer, gpt2_tokenizer, load_tokenizer, train_bpe
+import tokenizers_io
+from tests.conftest import ROOT
+from tokenizer_kinds import byte_tokenizer, char_tokenizer, gpt2_tokenizer, make_tokenizer, train_bpe
+from tokenizers_io import EOT, KINDS, TextTokenizer, load_tokenizer
 
 TEXTS = [text for text, _ in sample_corpus.stories(sample_corpus.load_grammar(), 0, "test", 60)]
 BPE = train_bpe(TEXTS, 600)
 BYTE = byte_tokenizer()
+TRAINED = {kind: make_tokenizer(kind, TEXTS, 600) for kind in KINDS if kind != "gpt2"}
+LOWER = {kind: make_tokenizer(kind, TEXTS, 600, lowercase=True, nfc=True) for kind in KINDS if kind != "gpt2"}
 ODD = ["", " ", "\n\n  \t", "naïve café 北京 🙂", "a" * 300, "\x00\x01", EOT, f"a{EOT}b", "don't we'll I'VE", "\u200d\u0301 x", "\r\n"]
+ODD += ["## Title ### a##b #", "<|unk|><|pad|>", "\u1e9b\u0323 ſ İ ΑΣ Å"]
 
 
 @pytest.mark.parametrize("tokenizer", [BPE, BYTE], ids=["bpe", "byte"])
@@ -28,16 +37,67 @@ def test_byte_level_kinds_are_lossless_and_equal_tokenizers(tokenizer, text):
     assert tokenizer.loss_reason is None
 
 
-@pytest.mark.parametrize("tokenizer", [BPE, BYTE], ids=["bpe", "byte"])
+@pytest.mark.parametrize("kind", TRAINED)
 @pytest.mark.parametrize("text", ODD)
-def test_odd_texts(tokenizer, text):
-    assert tokenizer.decode(tokenizer.encode(text)) == text and tokenizer.eot_id not in tokenizer.encode(text)
+def test_odd_texts(kind, text):
+    tokenizer = TRAINED[kind]
+    ids = tokenizer.encode(text)
+    assert tokenizer.eot_id not in ids and tokenizer.pad_id not in ids
+    if tokenizer.unknown_id is None or tokenizer.unknown_id not in ids:
+        assert tokenizer.decode(ids) == text
+    assert tokenizer.unknown_id is None or kind in ("word", "char", "wordpiece")
 
 
-def test_the_twin_is_used_and_survives_what_tiktoken_does_not():
+@pytest.mark.parametrize("kind", TRAINED)
+@given(texts=st.lists(st.one_of(st.text(max_size=60), st.sampled_from(ODD + TEXTS)), max_size=6), piece=st.integers(1, 300))
+@settings(max_examples=60, deadline=None)
+def test_documents_at_once_and_in_pieces_have_the_ids_of_one_by_one(kind, texts, piece):
+    tokenizer, before = TRAINED[kind], tokenizers_io.PIECE
+    expected = [[*tokenizer.tokenizer.encode(text, add_special_tokens=False).ids, tokenizer.eot_id] for text in texts]
+    try:
+        for tokenizers_io.PIECE in (before, piece):
+            ids, counts = tokenizer.encode_documents(texts)
+            assert ids.dtype == np.uint16 and counts.tolist() == [len(part) for part in expected]
+            assert ids.tolist() == [i for part in expected for i in part]
+            assert [tokenizer.encode(text) for text in texts] == [part[:-1] for part in expected]
+    finally:
+        tokenizers_io.PIECE = before
+
+
+@pytest.mark.parametrize("kind", LOWER)
+@given(text=st.one_of(st.text(max_size=100), st.sampled_from(ODD + TEXTS)))
+@settings(max_examples=60, deadline=None)
+def test_normalization_is_the_tokenizer_files_own(kind, text):
+    tokenizer = LOWER[kind]
+    normal = tokenizer.normalize(text)
+    assert normal == tokenizer.normalize(normal) == tokenizer.tokenizer.normalizer.normalize_str(text)
+    assert tokenizer.encode(text) == tokenizer.encode(normal) == tokenizer.tokenizer.encode(text, add_special_tokens=False).ids
+    if text.isascii():
+        assert normal == unicodedata.normalize("NFC", text.lower())
+    if tokenizer.byte_level:
+        assert tokenizer.decode(tokenizer.encode(text)) == normal
+    assert "changes text" in tokenizer.loss_reason
+
+
+def test_normalizing_keeps_the_twin_and_nfc_loses_nothing():
+    assert LOWER["bpe"].twin is not None
+    nfc = make_tokenizer("bpe", TEXTS, 600, nfc=True)
+    assert nfc.loss_reason is None and nfc.encode("e\u0301") == nfc.encode("é") and nfc.decode(nfc.encode("e\u0301")) == "é"
+
+
+def test_a_given_file_must_normalize_as_asked(tmp_path):
+    (tmp_path / "tokenizer.json").write_text(BPE.json, encoding="utf-8")
+    with pytest.raises(ValueError, match="was made without --lowercase"):
+        make_tokenizer(str(tmp_path), (), 0, lowercase=True)
+
+
+def test_the_twin_is_used_and_survives_what_tiktoken_does_not(monkeypatch):
     assert BPE.twin is not None
     text = " " * 1_000_000 + "x"
     assert BPE.decode(BPE.encode(text)) == text
+    monkeypatch.setattr(tokenizers_io, "PIECE", 2**21)
+    ids, counts = BPE.encode_documents([text, "y"])
+    assert counts.tolist() == [len(BPE.encode(text)) + 1, 2] and BPE.decode(ids.tolist()) == text + "y"
 
 
 def test_no_twin_where_merge_order_and_ids_disagree():
@@ -50,13 +110,27 @@ def test_no_twin_where_merge_order_and_ids_disagree():
     assert changed.encode(TEXTS[0]) == Tokenizer.from_str(changed.json).encode(TEXTS[0]).ids != BPE.encode(TEXTS[0])
 
 
-def test_bpe_training_is_deterministic_and_tells_its_true_size():
-    assert train_bpe(TEXTS, 600).json == BPE.json and BPE.vocab_size == 600
-    assert train_bpe(["ab ab"], 5000).vocab_size < 300
-    with pytest.raises(ValueError, match="vocab_size=100 "):
-        train_bpe(TEXTS, 100)
-    with pytest.raises(ValueError, match="70000"):
-        train_bpe(TEXTS, 70_000)
+def test_bpe_tells_its_true_size():
+    assert BPE.vocab_size == 600 and train_bpe(["ab ab"], 5000).vocab_size < 300
+
+
+@pytest.mark.parametrize("kind", TRAINED)
+def test_training_is_deterministic(kind, tmp_path):
+    """Also in another process, whose hash tables are seeded anew."""
+    import subprocess
+
+    assert make_tokenizer(kind, TEXTS, 600).json == TRAINED[kind].json
+    (tmp_path / "texts.json").write_text(json.dumps(TEXTS))
+    code = f"import sys, json; sys.path.insert(0, {str(ROOT)!r}); from tokenizer_kinds import make_tokenizer; "
+    code += f"print(make_tokenizer({kind!r}, json.load(open('texts.json')), 600).sha256)"
+    other = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()
+    assert other == TRAINED[kind].sha256
+
+
+@pytest.mark.parametrize(("kind", "size"), [("bpe", 100), ("bpe", 70_000), ("wordpiece", 300), ("word", 3)])
+def test_a_vocabulary_that_cannot_be(kind, size):
+    with pytest.raises(ValueError, match=f"vocab_size={size} "):
+        make_tokenizer(kind, TEXTS, size)
 
 
 def test_char_is_lossless_for_known_characters_only():
@@ -64,6 +138,25 @@ def test_char_is_lossless_for_known_characters_only():
     assert tokenizer.decode(tokenizer.encode("é a\nb")) == "é a\nb"
     assert tokenizer.unknown_id in tokenizer.encode("xyz") and len(tokenizer.encode(EOT)) == len(EOT)
     assert tokenizer.eot_id not in tokenizer.encode(EOT)
+
+
+@pytest.mark.parametrize("kind", ["word", "wordpiece"])
+def test_words_and_word_parts_give_known_text_back_exactly(kind):
+    tokenizer = make_tokenizer(kind, TEXTS, 4000)
+    assert tokenizer.loss_reason is None
+    for text in TEXTS:
+        ids = tokenizer.encode(text)
+        assert tokenizer.unknown_id not in ids and tokenizer.decode(ids) == text
+    assert (tokenizer.unknown_id in tokenizer.encode("xylophon")) == (kind == "word")
+    assert tokenizer.unknown_id in tokenizer.encode("x" * 200)  # WordPiece reads no word of over 100 bytes
+
+
+def test_padding_and_truncation():
+    ids, mask = TRAINED["word"].encode_padded([TEXTS[0], "", TEXTS[1]], max_length=20)
+    assert ids.shape == mask.shape == (3, 20) and mask.sum(1).tolist() == [20, 0, 20]
+    assert ids[0].tolist() == TRAINED["word"].encode(TEXTS[0])[:20] and set(ids[1].tolist()) == {TRAINED["word"].pad_id}
+    ids, mask = BPE.encode_padded(["a", "abc abc"])
+    assert BPE.pad_id == BPE.eot_id and ids[0][~mask[0]].tolist() == [BPE.eot_id] * (len(BPE.encode("abc abc")) - 1)
 
 
 def test_byte_ids_are_the_bytes():
@@ -89,13 +182,18 @@ def test_loading(tmp_path):
         load_tokenizer(tmp_path / "nothing.json")
 
 
-def test_transformers_reads_our_files(tmp_path):
+@pytest.mark.parametrize("kind", TRAINED)
+def test_transformers_and_tokenizers_read_our_files(kind, tmp_path):
     transformers = pytest.importorskip("transformers")
     path = tmp_path / "tokenizer.json"
-    path.write_text(BPE.json, encoding="utf-8")
+    path.write_text(LOWER[kind].json, encoding="utf-8")
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(path))
+    plain = Tokenizer.from_file(str(path))
     for text in TEXTS[:5] + ODD[:6]:
-        assert theirs.encode(text) == BPE.encode(text)
+        assert theirs.encode(text) == LOWER[kind].encode(text) == (plain.encode(text).ids if EOT not in text else LOWER[kind].encode(text))
+    text = TEXTS[0].lower()
+    if LOWER[kind].unknown_id not in LOWER[kind].encode(text):
+        assert theirs.decode(theirs.encode(text), clean_up_tokenization_spaces=False) == text
 
 
 def test_gpt2_equals_tiktoken_on_real_languages(real_data):
@@ -106,12 +204,22 @@ def test_gpt2_equals_tiktoken_on_real_languages(real_data):
         ids = theirs.encode_ordinary(text)
         assert ours.encode(text) == ids and ours.decode(ids) == text
         assert ours.tokenizer.encode(text[:2000], add_special_tokens=False).ids == theirs.encode_ordinary(text[:2000])
+    ids, counts = ours.encode_documents(texts)
+    assert ids.tolist() == [i for text in texts for i in (*theirs.encode_ordinary(text), 50256)] and len(counts) == len(texts)
 
 
-def test_bpe_is_lossless_on_real_languages(real_data):
+def test_every_kind_on_real_languages(real_data, monkeypatch):
+    """48 languages: byte-level kinds give everything back, others what they know; cut into pieces the ids stay the same."""
     for path in sorted((real_data / "multilingual").glob("*.txt")):
         text = path.read_text(encoding="utf-8")
-        assert BPE.decode(BPE.encode(text)) == text
+        for tokenizer in TRAINED.values():
+            ids = tokenizer.encode(text)
+            if tokenizer.unknown_id not in ids:
+                assert tokenizer.decode(ids) == text
+            with monkeypatch.context() as patch:
+                patch.setattr(tokenizers_io, "PIECE", 1000)
+                assert tokenizer.encode(text) == ids
+        assert TRAINED["bpe"].unknown_id is TRAINED["byte"].unknown_id is None
 
 
 def test_gpt2_without_network_names_the_way_out(tmp_path, script):

@@ -1,0 +1,176 @@
+"""The kinds of tokenizers that are made here, each as a tokenizer.json: gpt2, bpe, wordpiece, word, char, byte. Doesn't import torch."""
+
+import functools
+from collections.abc import Iterable
+
+import tiktoken
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from tokenizers_io import EOT, MAX_VOCAB_SIZE, PADDING, UNKNOWN, TextTokenizer, byte_characters, load_tokenizer
+
+SPECIAL = (EOT, UNKNOWN, PADDING)  # of the kinds that don't know every text
+SMALLEST = {"bpe": 257, "wordpiece": 515, "word": 4}  # all bytes (wordpiece: at a word's beginning and inside) and the special tokens
+
+
+def _finish(tokenizer: Tokenizer, normalizer: normalizers.Normalizer | None, *special: str) -> TextTokenizer:
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (EOT, *special)])
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    return TextTokenizer(tokenizer.to_str())
+
+
+def _byte_level(model) -> Tokenizer:
+    """Without a pre-tokenizer `tokenizers` takes memory out of all proportion; GPT-2's keeps words apart."""
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+@functools.lru_cache(maxsize=1)
+def _gpt2_json() -> str:
+    try:
+        encoding = tiktoken.get_encoding("gpt2")
+    except Exception as error:  # requests' errors, or an OSError of the cache directory
+        raise ValueError(
+            f"GPT-2's tokenizer files can't be had ({type(error).__name__}: tiktoken downloads them once); "
+            "pass --tokenizer bpe to train a tokenizer on your own text, which needs no network"
+        ) from None
+    ranks = encoding._mergeable_ranks
+    characters = byte_characters()
+    merges = []
+    for token, rank in ranks.items():
+        if len(token) > 1:
+            left, right = _last_merge(token, rank, ranks)
+            merges.append((rank, "".join(characters[b] for b in left), "".join(characters[b] for b in right)))
+    vocab = {"".join(characters[b] for b in token): rank for token, rank in ranks.items()}
+    return _finish(_byte_level(models.BPE(vocab, [(left, right) for _, left, right in sorted(merges)])), None).json
+
+
+def _last_merge(token: bytes, rank: int, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
+    """The two parts that byte pair encoding joins last to make `token`: merge its bytes with all earlier ranks."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        pairs = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
+        best = min(range(len(pairs)), key=pairs.__getitem__)
+        assert pairs[best] < rank, f"{token!r} is no product of byte pair merges"
+        parts[best : best + 2] = [parts[best] + parts[best + 1]]
+    return parts[0], parts[1]
+
+
+def gpt2_tokenizer(normalizer: normalizers.Normalizer | None = None) -> TextTokenizer:
+    """GPT-2's tokenizer (Radford et al. 2019), ids identical to tiktoken's. Raises ValueError if tiktoken can't get its files."""
+    tokenizer = Tokenizer.from_str(_gpt2_json())
+    if normalizer is None:
+        return TextTokenizer(_gpt2_json())
+    tokenizer.normalizer = normalizer
+    return TextTokenizer(tokenizer.to_str())
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, normalizer: normalizers.Normalizer | None = None) -> TextTokenizer:
+    """Byte-level BPE (Sennrich et al. 2016) trained on `texts`; fewer tokens than asked for where the text gives no more merges."""
+    tokenizer = _byte_level(models.BPE())
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[EOT], initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    return TextTokenizer(tokenizer.to_str())
+
+
+def train_wordpiece(texts: Iterable[str], vocab_size: int, normalizer: normalizers.Normalizer | None = None) -> TextTokenizer:
+    """WordPiece (Schuster and Nakajima 2012, as BERT has it) over GPT-2's words, byte-level: each word is read as its longest known parts.
+
+    Words of more than 100 bytes become `<|unk|>`. Each "#" of the text stands alone, so that "##" always marks a part inside a word.
+    """
+
+    def split_words(tokenizer: Tokenizer) -> None:
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split("#", "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+        )
+        if normalizer is not None:
+            tokenizer.normalizer = normalizer
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inside = [f"##{character}" for character in alphabet]  # named here: found in the text, they would get ids in random order
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size, special_tokens=[*SPECIAL, *inside], initial_alphabet=alphabet, show_progress=False
+    )
+    learner = Tokenizer(models.WordPiece(unk_token=UNKNOWN))
+    split_words(learner)
+    learner.train_from_iterator(texts, trainer)
+    tokenizer = Tokenizer(models.WordPiece(learner.get_vocab(with_added_tokens=True), unk_token=UNKNOWN))
+    split_words(tokenizer)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("##", ""), decoders.ByteLevel()])
+    return _finish(tokenizer, normalizer, UNKNOWN, PADDING)
+
+
+def train_word(texts: Iterable[str], vocab_size: int, normalizer: normalizers.Normalizer | None = None) -> TextTokenizer:
+    """The most frequent words of `texts`, as GPT-2's pattern cuts them (a word carries the space before it); others become `<|unk|>`."""
+    tokenizer = _byte_level(models.WordLevel(unk_token=UNKNOWN))
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    tokenizer.train_from_iterator(
+        texts, trainers.WordLevelTrainer(vocab_size=vocab_size, special_tokens=list(SPECIAL), show_progress=False)
+    )
+    return TextTokenizer(tokenizer.to_str())
+
+
+def byte_tokenizer(normalizer: normalizers.Normalizer | None = None) -> TextTokenizer:
+    """Each UTF-8 byte is its own id 0..255; `<|endoftext|>` is 256."""
+    return _finish(_byte_level(models.BPE({character: byte for byte, character in enumerate(byte_characters())}, [])), normalizer)
+
+
+def char_tokenizer(texts: Iterable[str], normalizer: normalizers.Normalizer | None = None) -> TextTokenizer:
+    """Each character of `texts` is an id; others become `<|unk|>`. Raises ValueError if they are too many for uint16."""
+    found: set[str] = set()
+    for text in texts:
+        found.update(text if normalizer is None else normalizer.normalize_str(text))
+    characters = sorted(found)
+    vocab = {token: i for i, token in enumerate((*SPECIAL, *characters))}
+    if len(vocab) > MAX_VOCAB_SIZE:
+        raise ValueError(f"the text has {len(characters)} different characters, too many for uint16 token files; pass --tokenizer bpe")
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return _finish(tokenizer, normalizer, UNKNOWN, PADDING)
+
+
+TRAINED = {"bpe": train_bpe, "wordpiece": train_wordpiece, "word": train_word}  # kinds with a vocab_size
+
+
+def check_vocab_size(kind: str, vocab_size: int) -> None:
+    """Raises ValueError for a vocab_size that can't hold what the kind needs, or is above 65,536."""
+    if not SMALLEST[kind] <= vocab_size <= MAX_VOCAB_SIZE:
+        needs = "all bytes and the special tokens" if kind != "word" else "the special tokens and a word"
+        raise ValueError(
+            f"vocab_size={vocab_size} must be between {SMALLEST[kind]} ({needs}) and {MAX_VOCAB_SIZE} (uint16 token files) for {kind}"
+        )
+
+
+def text_normalizer(lowercase: bool, nfc: bool) -> normalizers.Normalizer | None:
+    """What is done to every text, at preparation and at prompts; it becomes part of the tokenizer file."""
+    parts = [normalizers.Lowercase()] * lowercase + [normalizers.NFC()] * nfc  # in this order the result is in NFC
+    return normalizers.Sequence(parts) if len(parts) > 1 else parts[0] if parts else None
+
+
+def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int, lowercase: bool = False, nfc: bool = False) -> TextTokenizer:
+    """The tokenizer of a kind (`KINDS`), trained deterministically on `texts` where the kind is trained, or read from a path.
+
+    Raises ValueError for a vocab_size out of range, and for a file that doesn't normalize text as asked.
+    """
+    normalizer = text_normalizer(lowercase, nfc)
+    if kind in TRAINED:
+        check_vocab_size(kind, vocab_size)
+        return TRAINED[kind](texts, vocab_size, normalizer)
+    if kind == "char":
+        return char_tokenizer(texts, normalizer)
+    if kind in ("gpt2", "byte"):
+        return gpt2_tokenizer(normalizer) if kind == "gpt2" else byte_tokenizer(normalizer)
+    tokenizer = load_tokenizer(kind)
+    for asked, name, flag in ((lowercase, "Lowercase", "--lowercase"), (nfc, "NFC", "--nfc")):
+        if asked and name not in tokenizer.normalizers:
+            raise ValueError(
+                f"{kind} was made without {flag}, so prompts would stay as they are; make a tokenizer with {flag}, or leave it out"
+            )
+    return tokenizer
