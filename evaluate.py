@@ -22,7 +22,7 @@ with needs_packages():
     from checkpoints_io import load_model
     from measures import Score, score_tokens, summarize, text_bytes, why_no_bits_per_byte
     from models import GPT
-    from text_sources import find_files
+    from text_sources import Format, find_files
     from token_files import DTYPE, SPLITS, DataDirectory
     from tokenizers_io import EOT, TextTokenizer
 
@@ -68,7 +68,7 @@ def text_tokens(name: str, separator: str, tokenizer: TextTokenizer) -> tuple[np
     """A text as a split: its ids with an EOT behind each document (n,) uint16, UTF-8 bytes of the documents, their number."""
     ids: list[int] = []
     n_bytes = documents = 0
-    for text in itertools.chain.from_iterable(find_files([name], separator)):
+    for text in itertools.chain.from_iterable(find_files([name], Format(separator))):
         ids += [*tokenizer.encode(text), tokenizer.eot_id]
         n_bytes += len(text.encode())
         documents += 1

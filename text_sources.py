@@ -1,104 +1,353 @@
-"""Where documents come from: text files, directories, globs, datasets of the Hugging Face hub. Doesn't import torch."""
+"""Where documents come from: text, JSON, CSV and Parquet files, also compressed, and datasets of the Hugging Face hub. No torch here."""
 
+import bz2
 import codecs
+import contextlib
+import csv
 import glob
+import gzip
 import hashlib
+import io
+import itertools
+import json
+import lzma
+import os
+import re
+import threading
+import urllib.error
+import urllib.request
+import zlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+from utils import notice
+
 CHUNK_BYTES = 2**20
+MAX_DOCUMENT = 2**26  # characters; a longer text is cut into documents at line ends, so that memory stays bounded
+HUB_SECONDS = 6  # how long the hub may take to answer
+SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class Format:
+    """How files are read. separator: what stands between documents of a text file; text_field: key or column that holds the text;
+    errors: strict, or replace to read what is not UTF-8 as U+FFFD."""
+
+    separator: str
+    text_field: str = "text"
+    errors: str = "strict"
+
+
+def open_zst(path: Path) -> io.RawIOBase:
+    import pyarrow  # comes with datasets
+
+    return pyarrow.input_stream(str(path), compression="zstd")
+
+
+COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": open_zst}
+
+
+# ---------------------------------------------------------------- files
 
 
 class TextFile:
-    """A UTF-8 text file as documents, read in pieces. size and sha256 are known after each full reading."""
+    """A UTF-8 text file as documents, read in pieces. Base of the other kinds of files.
 
-    def __init__(self, path: Path, separator: str):
-        self.path, self.separator = path, separator
+    size: bytes on disk. replaced: what was not UTF-8 and became U+FFFD in the last reading; cut: documents cut off for their length.
+    """
+
+    def __init__(self, path: Path, form: Format):
+        self.path, self.form, self.name = path, form, str(path)
         self.size = path.stat().st_size
+        self.compressed = path.suffix.lower() in COMPRESSED
+        self.replaced = self.cut = 0
 
     def __iter__(self) -> Iterator[str]:
-        """Documents in order, without the line ends next to separators; empty ones are left out. Raises ValueError for bad UTF-8."""
-        decoder, digest = codecs.getincrementaldecoder("utf-8")(), hashlib.sha256()
-        rest, found, offset = "", False, 0
-        with open(self.path, "rb") as file:
-            while True:
-                chunk = file.read(CHUNK_BYTES)
-                digest.update(chunk)
-                try:
-                    text = decoder.decode(chunk, final=not chunk)
-                except UnicodeDecodeError as error:
-                    at = offset + error.start - (len(error.object) - len(chunk))
-                    raise ValueError(f"{self.path} is not UTF-8 text (byte {at}); convert it, e.g. with: iconv -t UTF-8") from None
-                new = max(0, len(rest) - len(self.separator))  # what was searched before needs no second look
-                rest += text.removeprefix("\ufeff") if offset == 0 else text
-                offset += len(chunk)
-                if rest.find(self.separator, new) >= 0:
-                    found = True
-                    *documents, rest = rest.split(self.separator)
-                    yield from filter(None, (document.strip("\r\n") for document in documents))
-                if not chunk:
-                    break
-        last = rest.strip("\r\n") if found else rest
-        if last.strip():
-            yield last
-        self.size, self.sha256 = offset, digest.hexdigest()
+        """Documents in order, without the line ends next to separators. Raises ValueError for what can't be read."""
+        self.replaced = self.cut = 0
+        yield from self.documents()
 
-    def describe(self) -> dict:
-        return {"name": str(self.path), "bytes": self.size, "sha256": self.sha256}
-
-
-class HubSplit:
-    """One split of a `datasets` dataset as documents. size and sha256 are those of the text, known after each full reading."""
-
-    def __init__(self, name: str, split: str, rows, text_field: str):
-        self.name, self.rows, self.text_field = f"{name}:{split}", rows, text_field
-        self.size = 0
-
-    def __iter__(self) -> Iterator[str]:
-        digest, size = hashlib.sha256(), 0
-        for number, row in enumerate(self.rows):
-            if not isinstance(row.get(self.text_field), str):
-                columns = ", ".join(row)
-                raise ValueError(
-                    f"{self.name} has no text in column {self.text_field!r} of row {number}; pass --text_field, one of: {columns}"
-                )
-            text = row[self.text_field]
-            digest.update(text.encode())
-            size += len(text.encode())
-            if text.strip():
+    def documents(self) -> Iterator[str]:
+        for number, (text, separated) in enumerate(self.split(self.form.separator)):
+            if separated or (number and text.strip()):
+                yield text.strip("\r\n")
+            elif text.strip():
                 yield text
-        self.size, self.sha256 = size, digest.hexdigest()
+
+    def open(self):
+        return COMPRESSED[self.path.suffix.lower()](self.path) if self.compressed else open(self.path, "rb")
+
+    def chunks(self) -> Iterator[str]:
+        """The file's text in pieces, without a byte order mark."""
+        decoder, offset = codecs.getincrementaldecoder("utf-8")(), 0
+        with self.open() as file:
+            while True:
+                try:
+                    chunk = file.read(CHUNK_BYTES)
+                except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+                    if not self.compressed:
+                        raise
+                    raise ValueError(f"{self.path} is cut off or damaged after {offset} bytes of text ({error}); get it again") from None
+                text = self._decode(decoder, chunk, offset)
+                yield text.removeprefix("\ufeff") if offset == 0 else text
+                offset += len(chunk)
+                if not chunk:
+                    return
+
+    def _decode(self, decoder: codecs.IncrementalDecoder, chunk: bytes, offset: int) -> str:
+        text, rest = "", chunk
+        while True:
+            try:
+                return text + decoder.decode(rest, final=not chunk)
+            except UnicodeDecodeError as error:
+                at = offset + len(chunk) - len(error.object) + error.start
+                if self.form.errors == "strict":
+                    raise ValueError(
+                        f"{self.path} is not UTF-8 text (byte {at}); convert it, e.g. with: iconv -t UTF-8, "
+                        "or pass --errors replace to read on with U+FFFD in its place"
+                    ) from None
+                self.replaced += 1
+                decoder.reset()
+                text, rest = text + error.object[: error.start].decode() + "\ufffd", error.object[error.end :]
+
+    def split(self, separator: str) -> Iterator[tuple[str, bool]]:
+        """The text's parts, and whether a separator ends each. A part beyond MAX_DOCUMENT is cut at a line end, else at a space."""
+        rest = ""
+        for text in self.chunks():
+            new = max(0, len(rest) - len(separator))  # what was searched before needs no second look
+            rest += text
+            if rest.find(separator, new) >= 0:
+                *parts, rest = rest.split(separator)
+                yield from ((part, True) for part in parts)
+            while len(rest) > MAX_DOCUMENT:
+                end = (rest.rfind("\n", 0, MAX_DOCUMENT) + 1) or (rest.rfind(" ", 0, MAX_DOCUMENT) + 1) or MAX_DOCUMENT
+                self.cut += 1
+                yield rest[:end], False
+                rest = rest[end:]
+        yield rest, False
+
+    def text_of(self, value, where: str) -> str:
+        """The text of a row, a mapping or the text itself; None counts as an empty document."""
+        if isinstance(value, dict):
+            if self.form.text_field not in value:
+                names = ", ".join(map(str, value)) or "no field at all"
+                raise ValueError(f"{self.name} {where} has no field {self.form.text_field!r}; pass --text_field, one of: {names}")
+            value = value[self.form.text_field]
+        if not isinstance(value, str | None):
+            raise ValueError(
+                f"{self.name} {where} has no text but {type(value).__name__} in field {self.form.text_field!r}; name another --text_field"
+            )
+        text = value or ""
+        if not text.isascii() and SURROGATE.search(text):
+            if self.form.errors == "strict":
+                raise ValueError(f"{self.name} {where} has half a character (a lone surrogate); pass --errors replace to put U+FFFD there")
+            text, count = SURROGATE.subn("\ufffd", text)
+            self.replaced += count
+        return text
 
     def describe(self) -> dict:
-        return {"name": self.name, "bytes": self.size, "sha256": self.sha256}
+        with open(self.path, "rb") as file:
+            return {"name": self.name, "bytes": self.size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def find_files(names: Iterable[str], separator: str) -> list[TextFile]:
-    """The text files that paths, directories and globs name, each once, in order. Raises FileNotFoundError, ValueError."""
+class JsonLines(TextFile):
+    """One JSON value a line: objects with a text field, or texts."""
+
+    def documents(self) -> Iterator[str]:
+        for number, (line, _) in enumerate(self.split("\n"), 1):
+            if line.strip():
+                try:
+                    value = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise ValueError(f"{self.path} line {number} is no JSON ({error}); mend or delete the line") from None
+                yield self.text_of(value, f"line {number}")
+
+
+class Json(TextFile):
+    """A JSON list of objects or texts (or such values one after the other), read one by one."""
+
+    SKIP = re.compile(r"[\s,]*")
+
+    def documents(self) -> Iterator[str]:
+        decoder, rest, number, in_list, wanted = json.JSONDecoder(), "", 0, None, 0
+        for text in itertools.chain(self.chunks(), [None]):
+            rest += text or ""
+            if text is not None and len(rest) < wanted:
+                continue
+            at = self.SKIP.match(rest).end()
+            if in_list is None and at < len(rest):
+                in_list = rest[at] == "["
+                at += in_list
+            while True:
+                at = self.SKIP.match(rest, at).end()
+                if at == len(rest) or (in_list and rest[at] == "]"):
+                    break
+                try:
+                    value, end = decoder.raw_decode(rest, at)
+                except (ValueError, RecursionError) as error:
+                    if text is None:
+                        raise ValueError(f"{self.path} is no JSON in or behind its value {number + 1} ({error}); mend it") from None
+                    break
+                if text is not None and end == len(rest) and not in_list:
+                    break  # a number could go on
+                number, at = number + 1, end
+                yield self.text_of(value, f"value {number}")
+            if text is None and in_list and rest[at : at + 1] != "]":
+                raise ValueError(f"{self.path} ends within its list, after value {number}; it is cut off, get it again")
+            rest = rest[at:]
+            wanted = 2 * len(rest)  # a value that is longer than what is here is tried again when there is twice as much
+
+
+class Csv(TextFile):
+    """A table with a header line, fields separated by commas, or by tabs in .tsv files."""
+
+    def documents(self) -> Iterator[str]:
+        csv.field_size_limit(2**31 - 1)
+        delimiter = "\t" if ".tsv" in self.path.suffixes else ","
+        rows = csv.DictReader((line + "\n" for line, _ in self.split("\n")), delimiter=delimiter, strict=True)
+        try:
+            for row in rows:
+                row.pop(None, None)  # fields beyond the header's
+                yield self.text_of(row, f"line {rows.line_num}")
+        except csv.Error as error:
+            raise ValueError(f"{self.path} line {rows.line_num} is no CSV ({error}); mend it") from None
+
+
+class Parquet(TextFile):
+    """A Parquet file's text column."""
+
+    def documents(self) -> Iterator[str]:
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            with contextlib.ExitStack() as stack:
+                source = pyarrow.BufferReader(stack.enter_context(self.open()).read()) if self.compressed else str(self.path)
+                file = stack.enter_context(pyarrow.parquet.ParquetFile(source))
+                if self.form.text_field not in file.schema_arrow.names:
+                    self.text_of(dict.fromkeys(file.schema_arrow.names), "")
+                number = 0
+                for batch in file.iter_batches(batch_size=1000, columns=[self.form.text_field]):
+                    for value in batch.column(0).to_pylist():
+                        number += 1
+                        yield self.text_of({self.form.text_field: value}, f"row {number}")
+        except (pyarrow.ArrowException, EOFError, OSError, zlib.error) as error:
+            reason = str(error).partition(". ")[0]
+            raise ValueError(f"{self.path} is no Parquet file, or damaged ({reason}); get it again") from None
+
+
+FILE_KINDS = {".txt": TextFile, ".text": TextFile, ".jsonl": JsonLines, ".ndjson": JsonLines, ".json": Json}
+FILE_KINDS |= {".csv": Csv, ".tsv": Csv, ".parquet": Parquet}
+
+
+def kind_of(path: Path) -> type[TextFile] | None:
+    """How a file is read, by its name without the ending of a compression; None for a name that says nothing."""
+    suffix = Path(path.stem).suffix if path.suffix.lower() in COMPRESSED else path.suffix
+    return FILE_KINDS.get(suffix.lower())
+
+
+def walk(directory: Path) -> Iterator[Path]:
+    """All files of known kinds below a directory, sorted; links are followed, each directory is entered once."""
+    seen, found, others = set(), [], set()
+    for root, below, names in os.walk(directory, followlinks=True):
+        place = os.stat(root)
+        if (place.st_dev, place.st_ino) in seen:
+            below.clear()
+            continue
+        seen.add((place.st_dev, place.st_ino))
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        for name in names:
+            path = Path(root, name)
+            if name.startswith(".") or not path.is_file() or kind_of(path) is None:
+                others.add(path)
+            else:
+                found.append(path)
+    skipped = sorted(path for path in others if not path.name.startswith("."))
+    if skipped:
+        notice(f"{directory}: {len(skipped)} files of other kinds are left out, e.g. {skipped[0]}; name files to read them as text")
+    yield from sorted(found)
+
+
+def find_files(names: Iterable[str], form: Format) -> list[TextFile]:
+    """The files that paths, directories and globs name, each once, in order. Raises FileNotFoundError, ValueError."""
     paths: dict[Path, Path] = {}
     for name in names:
         path = Path(name)
         if path.is_dir():
-            found = sorted(path.rglob("*.txt"))
+            found = list(walk(path))
         elif path.exists():
             found = [path]
         else:
-            found = sorted(Path(match) for match in glob.glob(name, recursive=True))
+            found = [Path(match) for match in sorted(glob.glob(name, recursive=True)) if Path(match).is_file()]
         if not found:
-            raise FileNotFoundError(f"no text files at {name}; give an existing file, a directory with *.txt files, or a glob")
-        paths |= {path.resolve(): path for path in found if path.resolve() not in paths}
+            raise FileNotFoundError(
+                f"no text files at {name}; give an existing file, a glob, or a directory with {', '.join(FILE_KINDS)} (also compressed)"
+            )
+        for path in found:
+            paths.setdefault(path.resolve(), path)
+    odd = [str(path) for path in paths.values() if not path.is_file()]
+    if odd:
+        raise ValueError(f"{', '.join(odd)} can't be read several times, as a file can; write it to a file first")
     empty = [str(path) for path in paths.values() if path.stat().st_size == 0]
     if empty:
         raise ValueError(f"empty input: {', '.join(empty)}; leave it out or give a file with text")
-    return [TextFile(path, separator) for path in paths.values()]
+    return [(kind_of(path) or TextFile)(path, form) for path in paths.values()]
 
 
-def open_dataset(name: str, text_field: str) -> dict[str, HubSplit]:
+# ---------------------------------------------------------------- the hub
+
+
+class HubSplit(TextFile):
+    """One split of a `datasets` dataset as documents. size: bytes of the text; complete: the whole split was read."""
+
+    def __init__(self, name: str, split: str, rows, form: Format):
+        self.name, self.rows, self.form = f"{name}:{split}", rows, form
+        self.size, self.compressed = 0, False
+        self.replaced = self.cut = 0
+        self.complete = False
+
+    def documents(self) -> Iterator[str]:
+        digest, size = hashlib.sha256(), 0
+        for number, row in enumerate(self.rows, 1):
+            text = self.text_of(row, f"row {number}")
+            digest.update(text.encode())
+            size += len(text.encode())
+            yield text
+        self.size, self.sha256, self.complete = size, digest.hexdigest(), True
+
+    def describe(self) -> dict:
+        return {"name": self.name} | ({"bytes": self.size, "sha256": self.sha256} if self.complete else {})
+
+
+def hub_answers() -> bool:
+    """Whether the hub can be reached, decided within seconds: `datasets` itself would try for half a minute."""
+    answered = threading.Event()
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=HUB_SECONDS).close()
+        except urllib.error.HTTPError:
+            pass  # any answer will do
+        except (OSError, ValueError):
+            return
+        answered.set()
+
+    thread = threading.Thread(target=ask, daemon=True)  # looking up a name may hang beyond the timeout
+    thread.start()
+    thread.join(HUB_SECONDS)
+    return answered.is_set()
+
+
+def open_dataset(name: str, config: str | None, form: Format) -> dict[str, HubSplit]:
     """The splits of a hub dataset or a local dataset folder, streamed. Raises ValueError if it can't be had."""
+    if not Path(name).exists() and not hub_answers():
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read when datasets is imported; what was downloaded before can still be had
     import datasets
 
     try:
-        splits = datasets.load_dataset(name, streaming=True)
+        splits = datasets.load_dataset(name, config, streaming=True)
     except Exception as error:  # datasets passes on the errors of many libraries
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
@@ -107,13 +356,4 @@ def open_dataset(name: str, text_field: str) -> dict[str, HubSplit]:
         ) from None
     if "train" not in splits:
         raise ValueError(f"the dataset {name!r} has no train split, only {', '.join(splits)}; download it and use --input")
-    return {split: HubSplit(name, split, rows, text_field) for split, rows in splits.items()}
-
-
-def first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
-    """The beginning of `texts`, `limit` characters in all."""
-    for text in texts:
-        yield text[:limit]
-        limit -= len(text)
-        if limit <= 0:
-            return
+    return {split: HubSplit(name, split, rows, form) for split, rows in splits.items()}

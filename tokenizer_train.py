@@ -1,51 +1,154 @@
-"""Text -> tokenizer.json: a byte-level BPE (Sennrich et al. 2016) of one's own, for prepare_data.py --tokenizer PATH.
+"""Text -> tokenizer.json: a tokenizer of one's own, for prepare_data.py --tokenizer PATH, and how good it is beside GPT-2's.
 
 python tokenizer_train.py --input stories.txt --kind bpe --vocab_size 4096 --output tokenizer.json
+python tokenizer_train.py --show "Once upon a time" --tokenizer tokenizer.json
 python prepare_data.py --input stories.txt --tokenizer tokenizer.json
 """
 
 from utils import needs_packages, notice, read_command_line, run_script, write_atomically
 
 with needs_packages():
+    import itertools
     from dataclasses import dataclass
     from pathlib import Path
     from typing import Literal
 
-    from text_sources import find_files, first_bytes
-    from tokenizer_kinds import make_tokenizer
-    from tokenizers_io import EOT
+    import numpy as np
+
+    from cleaning import Cleaning
+    from corpus import Corpus, Limits, Splitting
+    from text_sources import Format
+    from tokenizer_kinds import TRAINED, gpt2_tokenizer, make_tokenizer, text_normalizer
+    from tokenizers_io import EOT, TextTokenizer, byte_characters
+
+HELD_OUT = 0.05  # share of the documents that the tokenizer doesn't see
+HELD_OUT_CHARACTERS = 1_000_000
+USED_CHARACTERS = 10_000_000  # of the training text, in which ids are looked for
 
 
 @dataclass(frozen=True)
 class Arguments:
     """Flags of tokenizer_train.py."""
 
-    input: tuple[str, ...]
-    """Text files (UTF-8), directories (their *.txt files) or globs."""
-    kind: Literal["bpe", "byte", "char"] = "bpe"
-    """bpe: byte-level byte pair encoding, lossless on any text; byte: the 256 bytes; char: one id per character of the input."""
+    input: tuple[str, ...] = ()
+    """Files, directories or globs, of all kinds that prepare_data.py reads."""
+    kind: Literal["bpe", "wordpiece", "word", "char", "byte"] = "bpe"
+    """bpe: byte-level byte pairs, lossless on any text; wordpiece: longest known parts; word: frequent words; char; byte: the 256 bytes."""
     vocab_size: int = 4096
-    """Number of tokens of a bpe, <|endoftext|> and the 256 bytes included."""
+    """Number of tokens of bpe, wordpiece and word, special tokens included."""
     output: str = "tokenizer.json"
     """The file to write."""
     separator: str = EOT
-    """What stands between two documents."""
-    train_bytes: int = 100_000_000
-    """See at most this much text, from its beginning."""
+    """What stands between two documents of a text file."""
+    text_field: str = "text"
+    """Key or column that holds the text, in files that have such."""
+    errors: Literal["strict", "replace"] = "strict"
+    """What is not UTF-8: strict ends with file and byte, replace reads on with U+FFFD in its place."""
+    train_bytes: int = 50_000_000
+    """Learn from a sample of at most this much text."""
+    lowercase: bool = False
+    """Lowercase every text, here and wherever the tokenizer is used."""
+    nfc: bool = False
+    """Write each character in one way, Unicode's NFC, here and wherever the tokenizer is used."""
+    show: str | None = None
+    """Instead of training: show what --tokenizer makes of this text."""
+    tokenizer: str | None = None
+    """For --show: a tokenizer.json, a directory that holds one, gpt2 or byte."""
+
+    def __post_init__(self):
+        if (self.show is None) != (self.tokenizer is None):
+            raise ValueError("--show TEXT and --tokenizer PATH belong together")
+        if (self.show is None) == (not self.input):
+            raise ValueError("give either --input FILE... to train on, or --show TEXT --tokenizer PATH")
+        if self.train_bytes < 1 or not self.separator:
+            raise ValueError(f"train_bytes={self.train_bytes} must be at least 1, and separator={self.separator!r} not empty")
+
+
+def readable(tokenizer: TextTokenizer, token_id: int) -> str:
+    """A token as people can read it, in quotes: bytes of byte-level tokens as the characters they are, incomplete ones as U+FFFD."""
+    token = tokenizer.tokenizer.id_to_token(token_id) or ""
+    byte_of = {character: byte for byte, character in enumerate(byte_characters())}
+    of_bytes = token_id not in tokenizer.special_ids and "ByteLevel" in str(tokenizer.description["decoder"])
+    if of_bytes and all(character in byte_of for character in token):
+        token = bytes(byte_of[character] for character in token).decode(errors="replace")
+    return repr(token)
+
+
+def show(tokenizer: TextTokenizer, text: str) -> None:
+    ids = tokenizer.encode(text)
+    print(f"{'id':>6}  piece")
+    for i in ids:
+        print(f"{i:>6}  {readable(tokenizer, i)}")
+    decoded = tokenizer.decode(ids)
+    print(f"{len(ids)} tokens, {len(text.encode())} bytes; decoded{'' if decoded == text else ', which differs'}: {decoded}")
+
+
+def bytes_per_token(tokenizer: TextTokenizer, texts: list[str]) -> tuple[float, float]:
+    """UTF-8 bytes per token, and the share of tokens that are unknown."""
+    ids = np.concatenate([tokenizer.encode_documents([tokenizer.normalize(text)])[0][:-1] for text in texts])
+    return sum(len(text.encode()) for text in texts) / max(1, len(ids)), float((ids == tokenizer.unknown_id).mean()) if len(ids) else 0.0
+
+
+def report(tokenizer: TextTokenizer, held_out: list[str], training: list[str]) -> None:
+    """Print how the tokenizer does on text that it was not made from, and what its ids are."""
+    if held_out:
+        ours, unknown = bytes_per_token(tokenizer, held_out)
+        line = f"  {ours:.2f} bytes/token on {sum(map(len, held_out)):,} characters of held-out text"
+        try:
+            theirs = gpt2_tokenizer()
+            line += f"; GPT-2's {theirs.vocab_size:,} tokens: {bytes_per_token(theirs, held_out)[0]:.2f}"
+        except ValueError:
+            line += "; GPT-2's can't be had without network"
+        print(line)
+        if unknown:
+            notice(f"warning: {unknown:.2%} of the held-out tokens are unknown to it; bpe and byte know every text")
+    ordinary = [i for i in range(tokenizer.vocab_size) if i not in tokenizer.special_ids]
+    longest = sorted(ordinary, key=lambda i: (-len(readable(tokenizer, i)), i))[:8]
+    print(f"  longest tokens: {', '.join(readable(tokenizer, i) for i in longest)}")
+    used = np.zeros(tokenizer.vocab_size, bool)
+    for text in training:
+        used[tokenizer.encode_documents([tokenizer.normalize(text)])[0]] = True
+    unused = [i for i in ordinary if not used[i]]
+    examples = f", e.g. {', '.join(readable(tokenizer, i) for i in unused[-5:])}" if unused else ""
+    print(f"  {len(unused)} of {len(ordinary)} tokens don't occur in {sum(map(len, training)):,} characters of the training text{examples}")
 
 
 def main(argv: list[str] | None = None) -> int:
     args = read_command_line(Arguments, argv, __doc__)
-    files = find_files(args.input, args.separator)
-    tokenizer = make_tokenizer(args.kind, first_bytes((text for file in files for text in file), args.train_bytes), args.vocab_size)
-    if args.kind == "bpe" and tokenizer.vocab_size < args.vocab_size:
+    if args.show is not None:
+        show(make_tokenizer(args.tokenizer, (), 0), args.show)
+        return 0
+    corpus = Corpus(
+        args.input,
+        (),
+        {"val": (), "test": ()},
+        Format(args.separator, args.text_field, args.errors),
+        Splitting("auto", 1337, HELD_OUT, 0.0),
+        Cleaning(),
+        Limits(),
+    )
+    normalizer = text_normalizer(args.lowercase, args.nfc)
+    normalize = str if normalizer is None else normalizer.normalize_str
+    texts = corpus.training_texts(normalize, args.train_bytes)
+    first: list[str] = []  # kept for the report
+    kept = 0
+    for text in texts:
+        first.append(text)
+        kept += len(text)
+        if kept >= USED_CHARACTERS:
+            break
+    if not first:
+        raise ValueError(f"{', '.join(args.input)} holds no text; give files with some")
+    tokenizer = make_tokenizer(args.kind, itertools.chain(first, texts), args.vocab_size, args.lowercase, args.nfc)
+    if args.kind in TRAINED and tokenizer.vocab_size < args.vocab_size:
         notice(f"the text gives only {tokenizer.vocab_size} tokens of the {args.vocab_size} asked for")
-    if args.kind != "bpe" and args.vocab_size != Arguments.vocab_size:
+    if args.kind not in TRAINED and args.vocab_size != Arguments.vocab_size:
         notice(f"--vocab_size has no effect with the {args.kind} tokenizer")
     output = Path(args.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(output, lambda file: file.write(tokenizer.json.encode()))
     print(f"{output}: {tokenizer.vocab_size} tokens")
+    report(tokenizer, list(corpus.held_out_texts(normalize, HELD_OUT_CHARACTERS)), first)
     return 0
 
 

@@ -147,10 +147,10 @@ class TextTokenizer:
         return self.byte_level and not model["merges"] and [model["vocab"][c] for c in byte_characters()] == list(range(256))
 
     def normalize(self, text: str) -> str:
-        """The text as the tokenizer reads it: lowercased, in NFC, where its file says so. Doing it twice changes nothing more."""
-        if not self.normalizers:
+        """The text lowercased, in NFC, where the tokenizer's file says so; encoding changes nothing more. It does other changes itself."""
+        if not self.normalizers or set(self.normalizers) - {"NFC", "Lowercase"}:
             return text
-        if text.isascii() and set(self.normalizers) <= {"NFC", "Lowercase"}:
+        if text.isascii():
             return text.lower() if "Lowercase" in self.normalizers else text
         return self.tokenizer.normalizer.normalize_str(text)
 

@@ -148,14 +148,14 @@ def prepare_dataset(args: Arguments, given: set[str], run: Path, resuming: bool)
 
     if resuming and (run / "data" / META).is_file():
         return run / "data"
-    source = {"input": (args.dataset,)} if Path(args.dataset).exists() else {"dataset": args.dataset}
+    source = {"input": (args.dataset,)} if Path(args.dataset).exists() else {"dataset": (args.dataset,)}
     asked = {"vocab_size": args.model.vocab_size} if "vocab_size" in given else {}
     prepare_args = prepare_data.Arguments(**source, output=str(run / "data"), tokenizer=args.tokenizer, seed=args.train.seed, **asked)
     if (run / "data" / META).is_file() and Path(args.dataset).is_file():
         meta = DataDirectory(run / "data").meta
         with open(args.dataset, "rb") as file:
             same_source = [s["sha256"] for s in meta["sources"]] == [hashlib.file_digest(file, "sha256").hexdigest()]
-        if same_source and meta["made_with"] == prepare_data.made_with(prepare_args) and meta["seed"] == args.train.seed:
+        if same_source and prepare_data.recorded(prepare_args).items() <= meta.items():
             notice(f"{run / 'data'} holds {args.dataset} already")
             return run / "data"
     if ckpt.is_occupied(run) and not args.overwrite:

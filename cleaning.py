@@ -1,0 +1,117 @@
+"""What may be done to a document before it is encoded, each by a flag, and what is dropped. Doesn't import torch."""
+
+import importlib.util
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+CONTROL = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f"  # control characters, but for tab and line ends
+    "\u00ad\u200b\u2060\ufeff\ufff9-\ufffd"  # soft hyphen, zero-width space, word joiner, byte order mark, placeholders, U+FFFD
+    "\ue000-\uf8ff\U000f0000-\U0010ffff"  # private use
+    "\ufdd0-\ufdef" + "".join(chr(plane << 16 | end) for plane in range(17) for end in (0xFFFE, 0xFFFF)) + "]"  # no characters
+)
+LINE_END = re.compile(r"\r\n?|[\u2028\u2029\x85]")
+BLANKS = re.compile(r"[^\S\n]+")
+AROUND_LINE_END = re.compile(r" ?\n ?")
+EMPTY_LINES = re.compile(r"\n{3,}")
+
+
+@dataclass(frozen=True)
+class Cleaning:
+    """What is done to each document. Nothing but dropping empty and repeated ones unless flags ask for it."""
+
+    fix_mojibake: bool = False
+    """Repair text that was decoded wrongly (mojibake) with ftfy, an optional package."""
+    remove_control: bool = False
+    """Remove control characters (all but tab and line ends), invisible ones (zero-width space, soft hyphen), private use and U+FFFD."""
+    whitespace: bool = False
+    """One space for any run of blanks, no blanks at line ends, LF line ends, at most one empty line in a row, none around a document."""
+    lowercase: bool = False
+    """Lowercase everything. Becomes part of the tokenizer file, so prompts are lowercased too."""
+    nfc: bool = False
+    """Write each character in one way, Unicode's NFC. Becomes part of the tokenizer file."""
+    min_chars: int = 0
+    """Drop documents with fewer characters than this."""
+    max_chars: int | None = None
+    """Drop documents with more characters than this."""
+    deduplicate: bool = True
+    """Drop a document that is equal to an earlier one of any source, after cleaning and before splitting."""
+
+    def __post_init__(self):
+        if self.min_chars < 0 or (self.max_chars is not None and self.max_chars < max(1, self.min_chars)):
+            raise ValueError(
+                f"min_chars={self.min_chars} and max_chars={self.max_chars} leave no documents; take 0 <= min_chars <= max_chars"
+            )
+        if self.fix_mojibake and importlib.util.find_spec("ftfy") is None:
+            raise ValueError("--fix_mojibake needs the package ftfy; run: pip install ftfy")
+
+    def clean(self, text: str, counts: Counter) -> str:
+        """The document as it is kept, but for what the tokenizer's own normalization does. Counts what was changed."""
+        for name, change in (("fix_mojibake", _fix_mojibake), ("remove_control", _remove_control), ("whitespace", _whitespace)):
+            if getattr(self, name):
+                changed = change(text)
+                counts[f"changed by {name}"] += changed != text
+                text = changed
+        return text
+
+    def reason_to_drop(self, text: str) -> str | None:
+        """Why a cleaned document is left out, None if it stays."""
+        if not text or text.isspace():
+            return "empty"
+        if len(text) < self.min_chars:
+            return "shorter than min_chars"
+        if self.max_chars is not None and len(text) > self.max_chars:
+            return "longer than max_chars"
+        return None
+
+
+def _fix_mojibake(text: str) -> str:
+    import ftfy
+
+    return ftfy.fix_encoding(text)
+
+
+def _remove_control(text: str) -> str:
+    return CONTROL.sub("", text)
+
+
+def _whitespace(text: str) -> str:
+    text = BLANKS.sub(" ", LINE_END.sub("\n", text))
+    return EMPTY_LINES.sub("\n\n", AROUND_LINE_END.sub("\n", text)).strip()
+
+
+class KeySet:
+    """A set of 64-bit keys in little memory: sorted runs, each at least twice as long as the next."""
+
+    def __init__(self):
+        self.runs: list[np.ndarray] = []
+
+    def __len__(self) -> int:
+        return sum(map(len, self.runs))
+
+    def contains(self, keys: np.ndarray) -> np.ndarray:
+        """Which of the keys (n,) uint64 are in the set: (n,) bool."""
+        found = np.zeros(len(keys), bool)
+        for run in self.runs:
+            at = np.minimum(np.searchsorted(run, keys), len(run) - 1)
+            found |= run[at] == keys
+        return found
+
+    def add(self, keys: np.ndarray) -> None:
+        """Add keys (n,) uint64 that are not in the set yet; equal ones among them count once."""
+        run = np.unique(keys)
+        while self.runs and len(self.runs[-1]) < 2 * len(run):
+            run = np.sort(np.concatenate([self.runs.pop(), run]), kind="stable")
+        if len(run):
+            self.runs.append(run)
+
+    def first_time(self, keys: np.ndarray) -> np.ndarray:
+        """Which keys (n,) uint64 were never given before, the first of equal ones only: (n,) bool. Adds them all."""
+        fresh = np.zeros(len(keys), bool)
+        fresh[np.unique(keys, return_index=True)[1]] = True
+        fresh &= ~self.contains(keys)
+        self.add(keys[fresh])
+        return fresh

@@ -1,0 +1,148 @@
+"""Documents -> token ids, by this process or by several others, in the order of the documents. Doesn't import torch."""
+
+import collections
+import concurrent.futures
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+
+import numpy as np
+
+from cleaning import Cleaning
+from corpus import Splitting, document_key
+from token_files import SPLITS
+from tokenizers_io import TextTokenizer
+
+BATCH_CHARACTERS = 2**20
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Some documents in order, cleaned, divided and encoded. A part is a document, or a piece of one that is split by position.
+
+    keys: of each document (documents,) uint64. Of each part: document, its index in keys; split, its index in SPLITS; tokens, EOT included;
+    bytes, UTF-8 of its text: all (parts,) int64. ids: of all parts one after the other, uint16. counts: what cleaning did.
+    """
+
+    keys: np.ndarray
+    document: np.ndarray
+    split: np.ndarray
+    tokens: np.ndarray
+    bytes: np.ndarray
+    ids: np.ndarray
+    counts: Counter
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that turns a text into token ids of a split, as plain values for other processes."""
+
+    tokenizer_json: str
+    cleaning: Cleaning
+    splitting: Splitting
+
+
+def encode_batch(recipe: Recipe, tokenizer: TextTokenizer, given: str | None, texts: list[str]) -> Encoded:
+    """Texts of one source. given: the split they belong to, None where they are to be divided."""
+    counts, keys, document, split, parts, sizes = Counter(), [], [], [], [], []
+    for text in texts:
+        text = tokenizer.normalize(recipe.cleaning.clean(text, counts))
+        reason = recipe.cleaning.reason_to_drop(text)
+        if reason is not None:
+            counts[reason] += 1
+            continue
+        counts["contain NUL"] += "\0" in text
+        counts["contain CR"] += "\r" in text
+        key = document_key(text, recipe.splitting.seed)
+        for name, part in [(given, text)] if given is not None else recipe.splitting.parts(text, key):
+            document.append(len(keys))
+            split.append(SPLITS.index(name))
+            parts.append(part)
+            sizes.append(len(part) if part.isascii() else len(part.encode()))
+        keys.append(key)
+    ids, tokens = tokenizer.encode_documents(parts)
+    whole = (np.array(values, np.int64) for values in (document, split, tokens, sizes))
+    return Encoded(np.array(keys, np.uint64), *whole, ids, +counts)
+
+
+_worker: tuple[Recipe, TextTokenizer]
+
+
+def _start_worker(recipe: Recipe) -> None:
+    global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the first process ends the others
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    parent = multiprocessing.parent_process()
+
+    def end_with_parent() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()  # a killed parent can't end us
+    _worker = recipe, TextTokenizer(recipe.tokenizer_json)
+
+
+def _encode_in_worker(given: str | None, texts: list[str]) -> Encoded:
+    return encode_batch(*_worker, given, texts)
+
+
+class DocumentEncoder:
+    """Encodes documents in `workers` processes, or in this one if it is one. A context manager."""
+
+    def __init__(self, recipe: Recipe, tokenizer: TextTokenizer, workers: int):
+        self.recipe, self.tokenizer, self.workers = recipe, tokenizer, workers
+        self.pool = None
+        if workers > 1:
+            self.pool = concurrent.futures.ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(recipe,))
+
+    def __enter__(self) -> "DocumentEncoder":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.pool is not None:
+            self.pool.shutdown(cancel_futures=True)
+
+    def encode(self, documents: Iterable[str], given: str | None, wanted: Callable[[], float]) -> Iterator[Encoded]:
+        """All documents encoded, in order; reads only a few batches ahead, and no more documents than `wanted()` says can be used."""
+        if self.pool is None:
+            for batch in batches(documents, wanted):
+                yield encode_batch(self.recipe, self.tokenizer, given, batch)
+            return
+        pending: collections.deque[tuple[int, concurrent.futures.Future]] = collections.deque()
+
+        def ahead() -> int:
+            return sum(documents for documents, _ in pending)
+
+        try:
+            for batch in batches(documents, lambda: wanted() - ahead()):
+                pending.append((len(batch), self.pool.submit(_encode_in_worker, given, batch)))
+                while pending and (len(pending) > 2 * self.workers or ahead() >= wanted()):
+                    yield pending.popleft()[1].result()
+            while pending:
+                yield pending.popleft()[1].result()
+        except BrokenProcessPool:
+            raise ValueError(f"one of the {self.workers} processes that encode was killed; is memory short? Try --num_workers 1") from None
+        finally:
+            for _, future in pending:
+                future.cancel()
+
+
+def batches(documents: Iterable[str], wanted: Callable[[], float]) -> Iterator[list[str]]:
+    """Documents in lists of about a million characters, or of as many documents as can be used."""
+    batch: list[str] = []
+    size, most = 0, wanted()
+    for document in documents:
+        batch.append(document)
+        size += len(document)
+        if size >= BATCH_CHARACTERS or len(batch) >= most:
+            yield batch
+            batch, size, most = [], 0, wanted()
+    if batch:
+        yield batch
