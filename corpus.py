@@ -91,14 +91,19 @@ class Limits:
 
 @dataclass(frozen=True)
 class Group:
-    """Sources that are read as one. split: where all their documents go, None where they are divided; weight: their share of a mixture."""
+    """Sources that are read as one. divide: the split of all their documents, or how they are divided; weight: their share of a mixture."""
 
-    split: str | None
+    divide: str | Splitting
     sources: list[TextFile]
     weight: Fraction | None = None
 
     def documents(self) -> Iterator[str]:
         return itertools.chain.from_iterable(self.sources)
+
+    @property
+    def split(self) -> str | None:
+        """The split of all documents, None where they are divided."""
+        return self.divide if isinstance(self.divide, str) else None
 
     @property
     def name(self) -> str:
@@ -108,7 +113,8 @@ class Group:
 class Corpus:
     """All sources with their splits, in a fixed order; can be read several times.
 
-    groups: given splits first, so that what they hold can be kept out of train. splitting: how the rest is divided.
+    inputs, datasets: what is divided, each PATH or PATH:WEIGHT; given: files of whole splits; splitting: how the rest is to be divided.
+    groups: given splits first, so that what they hold can be kept out of train; then one group, or one for each weight.
     Raises ValueError, FileNotFoundError for sources that can't be had or stand in two splits.
     """
 
@@ -123,58 +129,48 @@ class Corpus:
         limits: Limits,
         dataset_config: str | None = None,
     ):
-        self.cleaning, self.limits, self.form = cleaning, limits, form
-        of_split: dict[str, list[TextFile]] = {split: list(find_files(names, form)) for split, names in given.items()}
-        mixed: list[Group] = []
+        self.cleaning, self.limits, self.seed = cleaning, limits, splitting.seed
+        whole: dict[str, list[TextFile]] = {split: list(find_files(names, form)) for split, names in given.items()}
+        divided: list[tuple[list[TextFile], Fraction | None]] = []
         for text in datasets:
             name, weight = (text, None) if Path(text).exists() else parse_weighted(text)
             splits = open_dataset(name, dataset_config, form)
-            mixed.append(Group(None, [splits["train"]], weight))
+            divided.append(([splits["train"]], weight))
             for split, theirs in (("val", "validation"), ("test", "test")):
                 if theirs in splits and not given[split]:
-                    of_split[split].append(splits[theirs])
+                    whole[split].append(splits[theirs])
         for text in inputs:
             name, weight = (text, None) if Path(text).exists() else parse_weighted(text)
-            mixed.append(Group(None, find_files([name], form), weight))
-        self.weights = self._weights(mixed)
-        seen: set[Path] = set()
-        for i, group in enumerate(mixed):  # a file that two inputs name is read once
-            sources = [source for source in group.sources if isinstance(source, HubSplit) or source.path.resolve() not in seen]
-            if self.weights and len(sources) < len(group.sources):
-                raise ValueError(
-                    f"--input {inputs[i - len(datasets)]} names files that another input names too; weights need each file once"
-                )
-            seen |= {source.path.resolve() for source in sources if not isinstance(source, HubSplit)}
-            mixed[i] = Group(None, sources, group.weight)
-        if not self.weights:
-            mixed = [Group(None, [source for group in mixed for source in group.sources])]
-        self.groups = [Group(split, sources) for split, sources in of_split.items() if sources] + mixed
-        self._check_files()
-        fractions = [
-            0.0 if of_split[split] else share for split, share in (("val", splitting.val_fraction), ("test", splitting.test_fraction))
-        ]
-        rule = self._rule(splitting.rule, mixed, any(fractions))
-        self.splitting = Splitting(rule, splitting.seed, *fractions)
-
-    def _weights(self, mixed: list[Group]) -> list[Fraction]:
-        weights = [group.weight for group in mixed if group.weight is not None]
-        if weights and len(weights) < len(mixed):
+            divided.append((find_files([name], form), weight))
+        self.weights = [weight for _, weight in divided if weight is not None]
+        if self.weights and len(self.weights) < len(divided):
             raise ValueError("give a weight to every --input and --dataset or to none, e.g. --input a.txt:0.7 b.txt:0.3")
-        return weights
-
-    def _check_files(self) -> None:
-        files = [source.path.resolve() for group in self.groups for source in group.sources if not isinstance(source, HubSplit)]
+        if not self.weights:
+            once = {source.path.resolve() if source.path else source.name: source for sources, _ in divided for source in sources}
+            divided = [(list(once.values()), None)]
+        files = [
+            source.path.resolve()
+            for sources in (*whole.values(), *(sources for sources, _ in divided))
+            for source in sources
+            if source.path
+        ]
         twice = sorted(str(path) for path, count in Counter(files).items() if count > 1)
         if twice:
-            raise ValueError(f"{', '.join(twice)} would be in two splits; leave it out of --input, --val_input or --test_input")
+            raise ValueError(f"{', '.join(twice)} would be in two splits or shares; leave it out of one")
+        fractions = [0.0 if whole["val"] else splitting.val_fraction, 0.0 if whole["test"] else splitting.test_fraction]
+        self.groups = [Group(split, sources) for split, sources in whole.items() if sources]
+        for sources, weight in divided:
+            rule = self._rule(splitting.rule, sources, any(fractions))
+            self.groups.append(Group(Splitting(rule, splitting.seed, *fractions), sources, weight))
 
-    def _rule(self, asked: str, mixed: list[Group], divided: bool) -> str:
-        enough = POSITION_BELOW if self.limits.documents is None else min(POSITION_BELOW, self.limits.documents + 1)
-        found = sum(1 for _ in itertools.islice(itertools.chain.from_iterable(group.documents() for group in mixed), enough))
-        few = found < POSITION_BELOW
-        if asked == "auto" and few and divided:
+    def _rule(self, asked: str, sources: list[TextFile], needed: bool) -> str:
+        enough = POSITION_BELOW if self.limits.documents is None else min(POSITION_BELOW, self.limits.documents)
+        few = enough < POSITION_BELOW or sum(1 for _ in itertools.islice(itertools.chain.from_iterable(sources), enough)) < enough
+        if asked == "auto" and few and needed:
+            which = f"{sources[0].name}: " if self.weights else ""
             notice(
-                f"fewer than {POSITION_BELOW} documents: each is split by position, its end for val and test; --split hash keeps them whole"
+                f"{which}fewer than {POSITION_BELOW} documents: each is split by position, its end for val and test; "
+                "--split hash keeps them whole"
             )
         return asked if asked != "auto" else "position" if few else "hash"
 
@@ -190,7 +186,7 @@ class Corpus:
         for text in source:
             text = normalize(self.cleaning.clean(text, Counter()))
             if self.cleaning.reason_to_drop(text) is None:
-                yield text, document_key(text, self.splitting.seed)
+                yield text, document_key(text, self.seed)
 
     def training_texts(self, normalize: Callable[[str], str], train_bytes: int) -> Iterator[str]:
         """Training documents for a tokenizer to learn from, about train_bytes: a sample by content of all files, of datasets the beginning.
@@ -216,7 +212,7 @@ class Corpus:
             for text, key in self._read(source, normalize):
                 if len(held_out) and held_out.contains(np.array([key], np.uint64))[0]:
                     continue
-                for part in (part for split, part in self.splitting.parts(text, key) if split == "train"):
+                for part in (part for split, part in group.divide.parts(text, key) if split == "train"):
                     data = part.encode()
                     sample.add(key, data)
                     documents, size = documents + 1, size + len(data)
@@ -230,7 +226,7 @@ class Corpus:
         """Documents (or parts) that go to val, until they have `limit` characters."""
         for group in self.groups:
             for text, key in self._read(group.documents(), normalize):
-                parts = [(group.split, text)] if group.split is not None else self.splitting.parts(text, key)
+                parts = [(group.split, text)] if group.split is not None else group.divide.parts(text, key)
                 for part in (part for split, part in parts if split == "val"):
                     yield part[:limit]
                     limit -= len(part)
@@ -238,26 +234,29 @@ class Corpus:
                         return
 
     def describe(self) -> dict:
-        names = ("val_fraction", "test_fraction")
         sources = []
         for group in self.groups:
-            extra = ({"split": group.split} if group.split else {}) | ({"weight": str(group.weight)} if group.weight is not None else {})
+            extra = {"split": group.split} if group.split else {}
+            if self.weights and group.split is None:
+                extra = {"rule": group.divide.rule, "weight": str(group.weight)}
             sources += [source.describe() | extra for source in group.sources]
-        fractions = (self.splitting.val_fraction, self.splitting.test_fraction)
-        return {"sources": sources, "split": {"rule": self.splitting.rule} | dict(zip(names, fractions))}
+        divide = self.groups[-1].divide
+        rules = sorted({group.divide.rule for group in self.groups if group.split is None})
+        split = {"rule": " and ".join(rules), "val_fraction": divide.val_fraction, "test_fraction": divide.test_fraction}
+        return {"sources": sources, "split": split}
 
     @property
     def total_bytes(self) -> int | None:
         """Bytes of text, None where that isn't known before reading."""
         sources = [source for group in self.groups for source in group.sources]
-        known = not any(isinstance(source, HubSplit) or source.compressed or source.path.suffix == ".parquet" for source in sources)
+        known = not any(source.path is None or source.compressed or source.path.suffix == ".parquet" for source in sources)
         return sum(source.size for source in sources) if known else None
 
 
 class SampleStories:
     """One split of the sample corpus as documents. bits: of each story under the grammar, known after reading."""
 
-    compressed, replaced, cut = False, 0, 0
+    replaced = cut = 0
 
     def __init__(self, grammar, seed: int, split: str, count: int):
         self.grammar, self.seed, self.split, self.count = grammar, seed, split, count
@@ -279,7 +278,7 @@ class SampleCorpus:
         grammar = sample_corpus.load_grammar()
         self.stories = {"train": sample_stories, "val": sample_stories // 20, "test": sample_stories // 20}
         self.groups = [Group(split, [SampleStories(grammar, seed, split, count)]) for split, count in self.stories.items()]
-        self.splitting = Splitting("sample", seed, 0.0, 0.0)
+        self.seed = seed
         self.total_bytes = 770 * sum(self.stories.values())  # for the progress bar: the mean length of a story
 
     def limits_of(self, group: Group) -> Limits:
@@ -301,7 +300,7 @@ class SampleCorpus:
         digest = hashlib.sha256(sample_corpus.GRAMMAR_PATH.read_bytes()).hexdigest()
         return {
             "sources": [{"name": "data/sample_grammar.json", "bytes": sample_corpus.GRAMMAR_PATH.stat().st_size, "sha256": digest}],
-            "split": {"rule": self.splitting.rule} | self.stories,
+            "split": {"rule": "sample"} | self.stories,
             "sample": {"grammar_sha256": digest},
         }
 

@@ -45,11 +45,11 @@ class Recipe:
 
     tokenizer_json: str
     cleaning: Cleaning
-    splitting: Splitting
+    seed: int
 
 
-def encode_batch(recipe: Recipe, tokenizer: TextTokenizer, given: str | None, texts: list[str]) -> Encoded:
-    """Texts of one source. given: the split they belong to, None where they are to be divided."""
+def encode_batch(recipe: Recipe, tokenizer: TextTokenizer, divide: str | Splitting, texts: list[str]) -> Encoded:
+    """Texts of one source. divide: the split they belong to, or how they are to be divided."""
     counts, keys, document, split, parts, sizes = Counter(), [], [], [], [], []
     for text in texts:
         text = tokenizer.normalize(recipe.cleaning.clean(text, counts))
@@ -59,8 +59,8 @@ def encode_batch(recipe: Recipe, tokenizer: TextTokenizer, given: str | None, te
             continue
         counts["contain NUL"] += "\0" in text
         counts["contain CR"] += "\r" in text
-        key = document_key(text, recipe.splitting.seed)
-        for name, part in [(given, text)] if given is not None else recipe.splitting.parts(text, key):
+        key = document_key(text, recipe.seed)
+        for name, part in [(divide, text)] if isinstance(divide, str) else divide.parts(text, key):
             document.append(len(keys))
             split.append(SPLITS.index(name))
             parts.append(part)
@@ -89,8 +89,8 @@ def _start_worker(recipe: Recipe) -> None:
     _worker = recipe, TextTokenizer(recipe.tokenizer_json)
 
 
-def _encode_in_worker(given: str | None, texts: list[str]) -> Encoded:
-    return encode_batch(*_worker, given, texts)
+def _encode_in_worker(divide: str | Splitting, texts: list[str]) -> Encoded:
+    return encode_batch(*_worker, divide, texts)
 
 
 class DocumentEncoder:
@@ -109,11 +109,11 @@ class DocumentEncoder:
         if self.pool is not None:
             self.pool.shutdown(cancel_futures=True)
 
-    def encode(self, documents: Iterable[str], given: str | None, wanted: Callable[[], float]) -> Iterator[Encoded]:
+    def encode(self, documents: Iterable[str], divide: str | Splitting, wanted: Callable[[], float]) -> Iterator[Encoded]:
         """All documents encoded, in order; reads only a few batches ahead, and no more documents than `wanted()` says can be used."""
         if self.pool is None:
             for batch in batches(documents, wanted):
-                yield encode_batch(self.recipe, self.tokenizer, given, batch)
+                yield encode_batch(self.recipe, self.tokenizer, divide, batch)
             return
         pending: collections.deque[tuple[int, concurrent.futures.Future]] = collections.deque()
 
@@ -122,7 +122,7 @@ class DocumentEncoder:
 
         try:
             for batch in batches(documents, lambda: wanted() - ahead()):
-                pending.append((len(batch), self.pool.submit(_encode_in_worker, given, batch)))
+                pending.append((len(batch), self.pool.submit(_encode_in_worker, divide, batch)))
                 while pending and (len(pending) > 2 * self.workers or ahead() >= wanted()):
                     yield pending.popleft()[1].result()
             while pending:

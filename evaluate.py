@@ -68,10 +68,11 @@ def text_tokens(name: str, separator: str, tokenizer: TextTokenizer) -> tuple[np
     """A text as a split: its ids with an EOT behind each document (n,) uint16, UTF-8 bytes of the documents, their number."""
     ids: list[int] = []
     n_bytes = documents = 0
-    for text in itertools.chain.from_iterable(find_files([name], Format(separator))):
-        ids += [*tokenizer.encode(text), tokenizer.eot_id]
-        n_bytes += len(text.encode())
-        documents += 1
+    for text in map(tokenizer.normalize, itertools.chain.from_iterable(find_files([name], Format(separator)))):
+        if text.strip():
+            ids += [*tokenizer.encode(text), tokenizer.eot_id]
+            n_bytes += len(text.encode())
+            documents += 1
     if not documents:
         raise ValueError(f"{name} holds no text; give a file with some")
     return np.array(ids, dtype=DTYPE), n_bytes, documents

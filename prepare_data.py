@@ -10,6 +10,8 @@ from utils import needs_packages, notice, read_command_line, run_script
 
 with needs_packages():
     import dataclasses
+    import io
+    import json
     import math
     import os
     import signal
@@ -22,11 +24,12 @@ with needs_packages():
     import numpy as np
     from tqdm import tqdm
 
+    import data_report
     from cleaning import Cleaning, KeySet
     from corpus import Corpus, Group, Limits, SampleCorpus, Splitting
     from document_encoder import DocumentEncoder, Encoded, Recipe
     from text_sources import Format
-    from token_files import SPLITS, DataDirectoryWriter
+    from token_files import FLOOR, PICTURE, REPORT, SPLITS, DataDirectoryWriter
     from tokenizer_kinds import TRAINED, make_tokenizer, text_normalizer
     from tokenizers_io import EOT, KINDS, TextTokenizer, load_tokenizer
 
@@ -132,6 +135,7 @@ class Selection:
         self.seen, self.held_out = KeySet(), KeySet()
         self.counts: Counter = Counter()
         self.unknown = dict.fromkeys(SPLITS, 0)
+        self.sizes: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}  # tokens of each document
 
     def start(self, group: Group, limits: Limits) -> None:
         """What follows belongs to this group."""
@@ -164,8 +168,9 @@ class Selection:
                 ids = encoded.ids if mine.all() else encoded.ids[np.repeat(mine, encoded.tokens)]
                 kept.append((split, *self._fit(split, ids, encoded.tokens[mine], encoded.bytes[mine])))
         self.full |= min(self.left[self.group.split or "train"]) <= 0
-        if self.tokenizer.unknown_id is not None:
-            for split, ids, *_ in kept:
+        for split, ids, *_ in kept:
+            self.sizes[split].append(np.diff(np.flatnonzero(ids == self.tokenizer.eot_id), prepend=-1).astype(np.int32))
+            if self.tokenizer.unknown_id is not None:
                 self.unknown[split] += int((ids == self.tokenizer.unknown_id).sum())
         return kept
 
@@ -245,7 +250,7 @@ def largest_mixture(corpus: Corpus, encoder: DocumentEncoder, deduplicate: bool)
     selection, tokens = Selection(encoder.tokenizer, deduplicate), []
     for group in tqdm(corpus.groups, desc="counting", unit="source", disable=None):
         selection.start(group, Limits())
-        for encoded in encoder.encode(group.documents(), group.split, selection.wanted):
+        for encoded in encoder.encode(group.documents(), group.divide, selection.wanted):
             selection.keep(encoded)
         if group.split is None:
             tokens.append(selection.taken)
@@ -266,6 +271,15 @@ def check_share(corpus: Corpus, selection: Selection, limits: Limits) -> None:
     notice(f"the sources end before --max_{' and --max_'.join(named)}: train has {selection.taken:,} tokens")
 
 
+def portrait(selection: Selection, writer: DataDirectoryWriter, counts: dict[str, int], title: str) -> dict[str, bytes]:
+    """data_report.json and data_report.png of what was written."""
+    sizes = {split: np.concatenate(parts) for split, parts in selection.sizes.items()}
+    report = data_report.describe(sizes, writer.read, selection.tokenizer, writer.counts, counts)
+    picture = io.BytesIO()
+    data_report.draw(report, picture, title)
+    return {REPORT: (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode(), PICTURE: picture.getvalue()}
+
+
 def prepare(args: Arguments) -> dict:
     """Run the whole stage; returns the written meta.json. Raises ValueError, OSError; then the output is what it was before."""
     if args.kind not in KINDS:
@@ -277,7 +291,7 @@ def prepare(args: Arguments) -> dict:
     selection, cut = Selection(tokenizer, corpus.cleaning.deduplicate), Counter()
     with (
         DataDirectoryWriter(Path(args.output)) as writer,
-        DocumentEncoder(Recipe(tokenizer.json, corpus.cleaning, corpus.splitting), tokenizer, workers) as encoder,
+        DocumentEncoder(Recipe(tokenizer.json, corpus.cleaning, corpus.seed), tokenizer, workers) as encoder,
         tqdm(desc="encoding", total=total, unit="B", unit_scale=True, disable=None) as bar,
     ):
         if corpus.weights and not corpus.limits:
@@ -285,7 +299,7 @@ def prepare(args: Arguments) -> dict:
         for group in corpus.groups:
             limits = corpus.limits_of(group)
             selection.start(group, limits)
-            for encoded in encoder.encode(group.documents(), group.split, selection.wanted):
+            for encoded in encoder.encode(group.documents(), group.divide, selection.wanted):
                 for split, ids, documents, n_bytes in selection.keep(encoded):
                     writer.add(split, ids, documents, n_bytes)
                 bar.update(int(encoded.bytes.sum()))
@@ -299,13 +313,15 @@ def prepare(args: Arguments) -> dict:
         meta = corpus.describe() | recorded(args) | {"counts": counts}
         if tokenizer.unknown_id is not None:
             meta["unknown_tokens"] = selection.unknown
-        floor = None
-        if isinstance(corpus, SampleCorpus):
+        extra = {}
+        if isinstance(corpus, SampleCorpus) and tokenizer.loss_reason is None and tokenizer.unknown_id is None:
             bits = corpus.bits()
-            if tokenizer.loss_reason is None and tokenizer.unknown_id is None:
-                floor = {split: bits[split] for split in ("val", "test")}  # on train a model may honestly go below
-                meta["sample"]["floor_bits_per_byte"] = {s: sum(bits[s]) / writer.counts[s]["bytes"] for s in SPLITS}
-        return writer.commit(tokenizer, meta, floor)
+            meta["sample"]["floor_bits_per_byte"] = {s: sum(bits[s]) / writer.counts[s]["bytes"] for s in SPLITS}
+            extra[FLOOR] = json.dumps({s: bits[s] for s in ("val", "test")}).encode()  # on train a model may honestly go below
+        writer.check()
+        if args.report:
+            extra |= portrait(selection, writer, counts, Path(args.output).resolve().name)
+        return writer.commit(tokenizer, meta, extra)
 
 
 def tell(meta: dict) -> None:

@@ -302,8 +302,8 @@ class HubSplit(TextFile):
     """One split of a `datasets` dataset as documents. size: bytes of the text; complete: the whole split was read."""
 
     def __init__(self, name: str, split: str, rows, form: Format):
-        self.name, self.rows, self.form = f"{name}:{split}", rows, form
-        self.size, self.compressed = 0, False
+        self.name, self.rows, self.form, self.path = f"{name}:{split}", rows, form, None
+        self.size = 0
         self.replaced = self.cut = 0
         self.complete = False
 

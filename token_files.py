@@ -1,7 +1,7 @@
 """Token files: a data directory's contract on disk, and the order in which training reads it. Doesn't import torch.
 
 A data directory holds train.bin, val.bin, test.bin (raw little-endian uint16 token ids without a header, nanoGPT's format; every
-document ends with EOT), tokenizer.json and meta.json, and for the sample corpus floor.json.
+document ends with EOT), tokenizer.json and meta.json, for people data_report.json and .png, and for the sample corpus floor.json.
 """
 
 import contextlib
@@ -23,8 +23,9 @@ SPLITS = ("train", "val", "test")
 DTYPE = np.dtype("<u2")
 META = "meta.json"
 FLOOR = "floor.json"
+REPORT, PICTURE = "data_report.json", "data_report.png"
 COMMIT = "commit.json"
-OUR_FILES = (*(f"{split}.bin" for split in SPLITS), "tokenizer.json", FLOOR, META)  # in the order of their renaming
+OUR_FILES = (*(f"{split}.bin" for split in SPLITS), "tokenizer.json", FLOOR, REPORT, PICTURE, META)  # in the order of their renaming
 
 # ---------------------------------------------------------------- writing
 
@@ -54,14 +55,23 @@ class DataDirectoryWriter:
         for key, value in (("tokens", len(ids)), ("documents", documents), ("bytes", n_bytes)):
             self.counts[split][key] += value
 
-    def commit(self, tokenizer: TextTokenizer, meta: dict, floor: dict[str, list[float]] | None = None) -> dict:
-        """Make what was added the directory's content; returns the whole meta.json. Raises ValueError for an empty split."""
+    def check(self) -> None:
+        """Raises ValueError for an empty split."""
         empty = [split for split in SPLITS if not self.counts[split]["documents"]]
         if empty:
             raise ValueError(
                 f"the {' and '.join(empty)} split would be empty; give more text, or raise --val_fraction and --test_fraction "
                 "(documents are separated by <|endoftext|> or --separator)"
             )
+
+    def read(self, split: str, start: int, count: int) -> np.ndarray:
+        """Token ids (up to count,) uint16 of what was added to a split, from token `start` on."""
+        self.files[split].flush()
+        return np.fromfile(self.directory / f"{split}.bin.new", DTYPE, count, offset=2 * start)
+
+    def commit(self, tokenizer: TextTokenizer, meta: dict, extra: dict[str, bytes] | None = None) -> dict:
+        """Make what was added the directory's content, with further files of ours; returns the whole meta.json. Raises ValueError."""
+        self.check()
         meta = {
             "format_version": FORMAT_VERSION,
             "dtype": "uint16",
@@ -70,16 +80,15 @@ class DataDirectoryWriter:
             "tokenizer_sha256": tokenizer.sha256,
             "splits": {split: self.counts[split] | {"sha256": self.hashes[split].hexdigest()} for split in SPLITS},
         } | meta
-        texts = {"tokenizer.json": tokenizer.json, META: json.dumps(meta, indent=2, ensure_ascii=False) + "\n"}
-        if floor is not None:
-            texts[FLOOR] = json.dumps(floor)
+        described = json.dumps(meta, indent=2, ensure_ascii=False) + "\n"
+        contents = {"tokenizer.json": tokenizer.json.encode(), META: described.encode()} | (extra or {})
         for file in self.files.values():
             file.flush()
             os.fsync(file.fileno())
             file.close()
-        for name, text in texts.items():
-            write_atomically(self.directory / f"{name}.new", lambda file, text=text: file.write(text.encode()))
-        names = [name for name in OUR_FILES if name in texts or name.endswith(".bin")]
+        for name, content in contents.items():
+            write_atomically(self.directory / f"{name}.new", lambda file, content=content: file.write(content))
+        names = [name for name in OUR_FILES if name in contents or name.endswith(".bin")]
         stale = [name for name in OUR_FILES if name not in names]
         write_atomically(self.directory / COMMIT, lambda file: file.write(json.dumps({"new": names, "remove": stale}).encode()))
         finish_commit(self.directory)

@@ -129,16 +129,24 @@ class TextTokenizer:
         model = self.description["model"]
         if not self.byte_level or not self._splits_as_gpt2() or model.get("ignore_merges") or model.get("end_of_word_suffix"):
             return None
-        if model.get("continuing_subword_prefix") or any(not added["special"] for added in self.description["added_tokens"]):
+        if model.get("continuing_subword_prefix") or self._bytes is None:
             return None
-        byte_of = {character: byte for byte, character in enumerate(byte_characters())}
         special = {added["content"]: added["id"] for added in self.description["added_tokens"]}
         vocab = {token: i for token, i in model["vocab"].items() if token not in special}
         merged = [vocab.get("".join(pair if isinstance(pair, list) else pair.split(" "))) for pair in model["merges"]]
         if None in merged or any(a >= b for a, b in zip(merged, merged[1:])):
             return None  # tiktoken merges in the order of ids
-        ranks = {bytes(byte_of[character] for character in token): i for token, i in vocab.items()}
+        ranks = {token: i for i, token in self._bytes.items()}
         return tiktoken.Encoding("twin", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special)
+
+    @functools.cached_property
+    def _bytes(self) -> dict[int, bytes] | None:
+        """What each id of a byte-level vocabulary stands for, special tokens left out; None for other tokenizers."""
+        if not self.byte_level or any(not added["special"] for added in self.description["added_tokens"]):
+            return None
+        byte_of = {character: byte for byte, character in enumerate(byte_characters())}
+        vocab = self.description["model"]["vocab"].items()
+        return {i: bytes(byte_of[character] for character in token) for token, i in vocab if i not in self.special_ids}
 
     @functools.cached_property
     def ids_are_bytes(self) -> bool:
@@ -202,6 +210,8 @@ class TextTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids; special tokens are left out."""
+        if self._bytes is not None:
+            return b"".join([self._bytes.get(i, b"") for i in ids]).decode(errors="replace")
         return self.tokenizer.decode([i for i in ids if i not in self.special_ids], skip_special_tokens=False)
 
 

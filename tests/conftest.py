@@ -78,7 +78,7 @@ def sample_dir(tmp_path_factory) -> Path:
     import prepare_data
 
     directory = tmp_path_factory.mktemp("sample")
-    prepare_data.prepare(prepare_data.Arguments(sample=True, sample_stories=300, vocab_size=512, output=str(directory)))
+    prepare_data.prepare(prepare_data.Arguments(sample=True, sample_stories=300, vocab_size=512, output=str(directory), report=False))
     return directory
 
 

@@ -15,7 +15,7 @@ from evaluate import compare_with_floor
 from measures import Score, score_tokens, split_prefix, strided_windows
 from models import GPT
 from token_files import DataDirectory
-from tokenizers_io import char_tokenizer, train_bpe
+from tokenizer_kinds import char_tokenizer, train_bpe
 
 
 def evaluate(script, run, *args, code=0) -> dict:

@@ -14,7 +14,7 @@ from token_files import DataDirectory
 from tokenizers_io import EOT, load_tokenizer
 
 STORIES = [text for text, _ in sample_corpus.stories(sample_corpus.load_grammar(), 11, "train", 260)]
-BYTES = ["--tokenizer", "byte"]
+BYTES = ["--tokenizer", "byte", "--no_report"]
 
 
 def write_stories(path, stories=STORIES, separator=f"\n{EOT}\n"):
@@ -195,7 +195,7 @@ def test_preparing_again_replaces_and_keeps_foreign_files(tmp_path, script):
     script("prepare_data.py", "--sample", "--sample_stories", 60, "--output", "data", cwd=tmp_path)
     (tmp_path / "data" / "notes.txt").write_text("mine")
     script("prepare_data.py", "--input", "s.txt", "--output", "data", *BYTES, cwd=tmp_path)
-    assert sorted(p.name for p in (tmp_path / "data").iterdir()) == [
+    assert sorted(p.name for p in (tmp_path / "data").iterdir()) == [  # neither floor.json nor the sample's data_report
         "meta.json",
         "notes.txt",
         "test.bin",

@@ -23,7 +23,7 @@ from token_files import (
     parse_weighted,
     windows,
 )
-from tokenizers_io import byte_tokenizer, train_bpe
+from tokenizer_kinds import byte_tokenizer, train_bpe
 
 BYTE = byte_tokenizer()
 
@@ -33,7 +33,7 @@ def write(directory, texts: dict[str, list[str]], floor=None):
         for split, documents in texts.items():
             for text in documents:
                 writer.add(split, np.array([*BYTE.encode(text), BYTE.eot_id]), 1, len(text.encode()))
-        return writer.commit(BYTE, {"seed": 1}, floor)
+        return writer.commit(BYTE, {"seed": 1}, None if floor is None else {"floor.json": json.dumps(floor).encode()})
 
 
 def content(directory) -> dict[str, bytes]:

@@ -79,6 +79,13 @@ def test_normalization_is_the_tokenizer_files_own(kind, text):
     assert "changes text" in tokenizer.loss_reason
 
 
+@pytest.mark.parametrize("tokenizer", [BPE, BYTE], ids=["bpe", "byte"])
+@given(ids=st.lists(st.integers(0, 256), max_size=40))
+@settings(max_examples=100, deadline=None)
+def test_decoding_ids_that_spell_no_text_is_as_tokenizers_does(tokenizer, ids):
+    assert tokenizer.decode(ids) == tokenizer.tokenizer.decode(ids, skip_special_tokens=True)
+
+
 def test_normalizing_keeps_the_twin_and_nfc_loses_nothing():
     assert LOWER["bpe"].twin is not None
     nfc = make_tokenizer("bpe", TEXTS, 600, nfc=True)

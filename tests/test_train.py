@@ -13,7 +13,7 @@ import torch
 import checkpoints_io as ckpt
 from tests.conftest import ROOT, tiny
 from tests.runs import assert_same_run, lines, start, wait_for_lines
-from tokenizers_io import train_bpe
+from tokenizer_kinds import train_bpe
 
 
 def test_a_run_leaves_what_the_contract_says(trained_run):
