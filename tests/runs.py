@@ -10,6 +10,8 @@ import torch
 import checkpoints_io as ckpt
 import run_log
 from tests.conftest import ROOT
+from token_files import DataDirectory
+from tokenizers_io import EOT
 
 TIMING = {"tokens_per_second"}
 
@@ -55,3 +57,17 @@ def wait_for_lines(run, count: int) -> None:
             return
         time.sleep(0.02)
     raise AssertionError("the training wrote no metrics")
+
+
+def write_stories(path, stories: list[str], separator=f"\n{EOT}\n"):
+    """A text file of documents; returns its path."""
+    path.write_text(separator.join(stories) + separator, encoding="utf-8")
+    return path
+
+
+def documents(directory, split: str) -> list[str]:
+    """The texts of a split, from its token file."""
+    data = DataDirectory(directory)
+    text = data.tokenizer.tokenizer.decode(data.tokens(split).tolist(), skip_special_tokens=False)
+    assert text.endswith(EOT)
+    return text.split(EOT)[:-1]

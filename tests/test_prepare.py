@@ -9,24 +9,13 @@ from hypothesis import strategies as st
 
 import sample_corpus
 from corpus import document_key, split_by_hash, split_by_position
+from tests.runs import documents, write_stories
 from text_sources import Format, TextFile
 from token_files import DataDirectory
 from tokenizers_io import EOT, load_tokenizer
 
 STORIES = [text for text, _ in sample_corpus.stories(sample_corpus.load_grammar(), 11, "train", 260)]
 BYTES = ["--tokenizer", "byte", "--no_report"]
-
-
-def write_stories(path, stories=STORIES, separator=f"\n{EOT}\n"):
-    path.write_text(separator.join(stories) + separator, encoding="utf-8")
-    return path
-
-
-def documents(directory, split: str) -> list[str]:
-    data = DataDirectory(directory)
-    text = data.tokenizer.tokenizer.decode(data.tokens(split).tolist(), skip_special_tokens=False)
-    assert text.endswith(EOT)
-    return text.split(EOT)[:-1]
 
 
 def test_files_become_splits_that_hold_every_document_once(tmp_path, script):
@@ -182,7 +171,7 @@ def test_no_floor_where_the_tokenizer_may_lose_text(tmp_path, script):
 
 
 def test_a_trained_tokenizer_is_used_byte_for_byte(tmp_path, script):
-    write_stories(tmp_path / "s.txt")
+    write_stories(tmp_path / "s.txt", STORIES)
     process = script("tokenizer_train.py", "--input", "s.txt", "--vocab_size", 350, "--output", "out/tok.json", cwd=tmp_path)
     assert "350 tokens" in process.stdout
     script("prepare_data.py", "--input", "s.txt", "--tokenizer", "out/tok.json", "--output", "data", cwd=tmp_path)
@@ -191,7 +180,7 @@ def test_a_trained_tokenizer_is_used_byte_for_byte(tmp_path, script):
 
 
 def test_preparing_again_replaces_and_keeps_foreign_files(tmp_path, script):
-    write_stories(tmp_path / "s.txt")
+    write_stories(tmp_path / "s.txt", STORIES)
     script("prepare_data.py", "--sample", "--sample_stories", 60, "--output", "data", cwd=tmp_path)
     (tmp_path / "data" / "notes.txt").write_text("mine")
     script("prepare_data.py", "--input", "s.txt", "--output", "data", *BYTES, cwd=tmp_path)
@@ -225,7 +214,7 @@ def test_preparing_again_replaces_and_keeps_foreign_files(tmp_path, script):
     ],
 )
 def test_bad_input_is_one_sentence_and_nothing_is_written(tmp_path, mistake, arguments, part):
-    write_stories(tmp_path / "good.txt")
+    write_stories(tmp_path / "good.txt", STORIES)
     (tmp_path / "empty.txt").touch()
     (tmp_path / "blank.txt").write_text("\n \n")
     (tmp_path / "bad.txt").write_bytes(b"abc\xff\xfedef")
