@@ -198,7 +198,8 @@ class Corpus:
             if group.split is None:
                 yield from self._sample(group, normalize, train_bytes, held_out).texts()
             else:
-                held_out.add(np.array([key for _, key in self._read(group.documents(), normalize)], np.uint64))
+                documents = itertools.islice(self._read(group.documents(), normalize), self.limits.documents)
+                held_out.add(np.array([key for _, key in documents], np.uint64))
 
     def _sample(self, group: Group, normalize: Callable[[str], str], train_bytes: int, held_out: KeySet) -> "DocumentSample":
         if self.weights:

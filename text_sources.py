@@ -4,13 +4,13 @@ import bz2
 import codecs
 import contextlib
 import csv
-import glob
 import gzip
 import hashlib
 import io
 import itertools
 import json
 import lzma
+import math
 import os
 import re
 import threading
@@ -69,10 +69,11 @@ class TextFile:
         yield from self.documents()
 
     def documents(self) -> Iterator[str]:
-        for number, (text, separated) in enumerate(self.split(self.form.separator)):
-            if separated or (number and text.strip()):
-                yield text.strip("\r\n")
-            elif text.strip():
+        separated = False
+        for text, end in self.split(self.form.separator, MAX_DOCUMENT):
+            separated |= end == "separator"
+            text = text.strip("\r\n") if separated and end != "cut" else text
+            if end != "end" or text.strip():
                 yield text
 
     def open(self):
@@ -111,21 +112,21 @@ class TextFile:
                 decoder.reset()
                 text, rest = text + error.object[: error.start].decode() + "\ufffd", error.object[error.end :]
 
-    def split(self, separator: str) -> Iterator[tuple[str, bool]]:
-        """The text's parts, and whether a separator ends each. A part beyond MAX_DOCUMENT is cut at a line end, else at a space."""
+    def split(self, separator: str, longest: float = math.inf) -> Iterator[tuple[str, str]]:
+        """The text's parts, and what ends each: separator, end (of the file) or cut, at a line end or space of a part beyond `longest`."""
         rest = ""
         for text in self.chunks():
             new = max(0, len(rest) - len(separator))  # what was searched before needs no second look
             rest += text
             if rest.find(separator, new) >= 0:
                 *parts, rest = rest.split(separator)
-                yield from ((part, True) for part in parts)
-            while len(rest) > MAX_DOCUMENT:
-                end = (rest.rfind("\n", 0, MAX_DOCUMENT) + 1) or (rest.rfind(" ", 0, MAX_DOCUMENT) + 1) or MAX_DOCUMENT
+                yield from ((part, "separator") for part in parts)
+            while len(rest) > longest:
+                end = (rest.rfind("\n", 0, longest) + 1) or (rest.rfind(" ", 0, longest) + 1) or longest
                 self.cut += 1
-                yield rest[:end], False
+                yield rest[:end], "cut"
                 rest = rest[end:]
-        yield rest, False
+        yield rest, "end"
 
     def text_of(self, value, where: str) -> str:
         """The text of a row, a mapping or the text itself; None counts as an empty document."""
@@ -211,7 +212,7 @@ class Csv(TextFile):
                 row.pop(None, None)  # fields beyond the header's
                 yield self.text_of(row, f"line {rows.line_num}")
         except csv.Error as error:
-            raise ValueError(f"{self.path} line {rows.line_num} is no CSV ({error}); mend it") from None
+            raise ValueError(f"{self.path} is no CSV behind line {rows.line_num} ({error}); mend it") from None
 
 
 class Parquet(TextFile):
@@ -279,7 +280,9 @@ def find_files(names: Iterable[str], form: Format) -> list[TextFile]:
         elif path.exists():
             found = [path]
         else:
-            found = [Path(match) for match in sorted(glob.glob(name, recursive=True)) if Path(match).is_file()]
+            below = Path(path.anchor or ".")  # pathlib's ** doesn't follow links, so that loops of them end
+            found = sorted(match for match in below.glob(str(path.relative_to(path.anchor))) if match.is_file())
+            found = [match for match in found if path.name.startswith(".") or not match.name.startswith(".")]
         if not found:
             raise FileNotFoundError(
                 f"no text files at {name}; give an existing file, a glob, or a directory with {', '.join(FILE_KINDS)} (also compressed)"

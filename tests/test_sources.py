@@ -7,6 +7,7 @@ import io
 import json
 import lzma
 import os
+import random
 from collections import Counter
 
 import pyarrow
@@ -108,11 +109,11 @@ def test_json_lists_and_sequences(tmp_path, content):
         ("t.json", b'[{"text": "a"}, {"text": "b"', "no JSON in or behind its value 2"),
         ("t.json", b'[{"text": "a"}, ', "ends within its list, after value 1"),
         ("t.csv", b"id,story\n1,a\n", "line 2 has no field 'text'; pass --text_field, one of: id, story"),
-        ("t.csv", b'id,text\n1,"a', "line 2 is no CSV"),
+        ("t.csv", b'id,text\n1,"a', "is no CSV behind line 1"),
         ("t.csv", b"id,text\n1\n", ""),
         ("t.parquet", b"PAR1 nonsense", "is no Parquet file, or damaged"),
         ("t.parquet", as_parquet(["a"] * 9)[:-30], "is no Parquet file, or damaged"),
-        ("t.txt.gz", gzip.compress(os.urandom(5000).hex().encode())[:3000], "cut off or damaged after"),
+        ("t.txt.gz", gzip.compress(random.Random(0).randbytes(5000).hex().encode())[:3000], "cut off or damaged after"),
         ("t.txt.gz", b"not gzip at all", "cut off or damaged after 0 bytes"),
         ("t.txt.bz2", bz2.compress(b"abc" * 100)[:20], "cut off or damaged"),
         ("t.txt.xz", lzma.compress(b"abc" * 100)[:40], "cut off or damaged"),
