@@ -91,3 +91,15 @@ def trained_run(tmp_path_factory, sample_dir) -> Path:
     arguments = tiny(data_dir=sample_dir, out_dir=directory, max_steps=30, eval_interval=15, checkpoint_interval=10)
     assert train.main(arguments) == 0
     return directory
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 700 kB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(disk)], capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)

@@ -20,18 +20,6 @@ from tests.conftest import ROOT, tiny
 from tests.runs import assert_same_run, start, wait_for_lines
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 700 kB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(disk)], capture_output=True, check=False)
-    if mounted.returncode:
-        pytest.skip("mounting a small file system needs root")
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True)
-
-
 def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(tmp_path, small_disk, sample_dir, script):
     """A checkpoint is 400 kB here: the first fits beside the best model, the second does not. With room again the run goes on exactly."""
     arguments = tiny(data_dir=sample_dir, max_steps=9, eval_interval=100, checkpoint_interval=4)
