@@ -2,8 +2,10 @@
 
     python benchmark.py train
     python benchmark.py train --against nanogpt ../nanoGPT
+    python benchmark.py prepare --text stories.txt --large_megabytes 1000
     python benchmark.py quality --against nanogpt ../nanoGPT --text tinyshakespeare.txt
 
+prepare  megabytes per second and peak memory of prepare_data.py, a bare loop of tiktoken, and datasets.map in two processes
 train    tokens per second and peak memory of train.py, as a fraction of what this machine's matrix products reach
 quality  how long training on a text (the last tenth is held out) takes to reach the peer's loss, and what it reaches in the peer's time
 
@@ -13,6 +15,7 @@ Ours and the peer's run in turn, `--rounds` times each; medians are printed. Oth
 from utils import choose_device, choose_precision, needs_packages, notice, read_command_line, run_script
 
 with needs_packages():
+    import contextlib
     import importlib.util
     import json
     import os
@@ -32,8 +35,11 @@ with needs_packages():
     import tyro
     from tokenizers import Tokenizer, models
 
+    import sample_corpus
     from checkpoints_io import load_model
+    from prepare_peers import write_corpus
     from run_log import read_metrics
+    from text_sources import Format, TextFile
     from tokenizers_io import EOT
 
 HERE = Path(__file__).resolve().parent
@@ -60,8 +66,8 @@ LONG_BATCH = 24
 class Arguments:
     """Flags of benchmark.py."""
 
-    stage: tyro.conf.Positional[Literal["train", "quality"]]
-    """train or quality."""
+    stage: tyro.conf.Positional[Literal["prepare", "train", "quality"]]
+    """prepare, train or quality."""
     against: tuple[str, str] | None = None
     """A peer and its checkout: nanogpt DIR."""
     rounds: int = 5
@@ -69,13 +75,19 @@ class Arguments:
     steps: int = 12
     """train: optimizer steps in a run; the first three are left out of the medians."""
     text: str | None = None
-    """quality: a text file, e.g. tiny Shakespeare."""
+    """quality: a text file, e.g. tiny Shakespeare. prepare: documents to make the corpus from; default: the sample corpus."""
+    megabytes: int = 50
+    """prepare: size of the corpus."""
+    large_megabytes: int | None = None
+    """prepare: measure the memory for a corpus of this size too."""
     device: str = "auto"
     """auto, cpu or cuda."""
 
     def __post_init__(self):
         if self.against is not None and self.against[0] not in PEERS:
             raise ValueError(f"unknown peer {self.against[0]!r}; take {', '.join(PEERS)}, followed by the directory of its checkout")
+        if min(self.megabytes, self.large_megabytes or 1) < 1:
+            raise ValueError(f"megabytes={self.megabytes} and large_megabytes={self.large_megabytes} must be at least 1")
         if self.rounds < 1 or self.steps < 4:
             raise ValueError(f"rounds={self.rounds} must be at least 1 and steps={self.steps} at least 4")
         if self.stage == "quality" and (self.text is None or self.against is None):
@@ -193,6 +205,74 @@ def spread(values: list[float], form: str = ".3g") -> str:
     return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
+def run_watched(command: list[str], cwd: Path) -> tuple[float, float | None]:
+    """Seconds of a command, and the largest memory of it and its children together, in bytes (shared pages once); None without /proc."""
+    started, peak = time.perf_counter(), None
+    with tempfile.TemporaryFile("w+") as file:
+        process = subprocess.Popen(command, cwd=cwd, stdout=file, stderr=subprocess.STDOUT)
+        while process.poll() is None:
+            tree = [process.pid]
+            with contextlib.suppress(OSError):
+                for pid in tree:
+                    tree += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+            with contextlib.suppress(OSError, StopIteration):  # one of them has just ended
+                rollups = [Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines() for pid in tree]
+                memory = sum(int(next(line for line in lines if line.startswith("Pss:")).split()[1]) * 1024 for lines in rollups)
+                peak = max(peak or 0, memory)
+            time.sleep(0.02)
+        seconds = time.perf_counter() - started
+        file.seek(0)
+        if process.returncode:
+            raise ValueError(f"{' '.join(command[:3])} ... ended with exit code {process.returncode}: {file.read()[-400:]}")
+    return seconds, peak
+
+
+def benchmark_prepare(args: Arguments, cwd: Path) -> None:
+    if args.text is not None:
+        texts = [text for text in TextFile(Path(args.text), Format(EOT)) if text.strip()]
+    else:
+        texts = [text for text, _ in sample_corpus.stories(sample_corpus.load_grammar(), 1337, "train", 10_000)]
+    write_corpus(texts, args.megabytes, cwd / "corpus.txt")
+    size = (cwd / "corpus.txt").stat().st_size
+    bpe = {"input": "corpus.txt", "train_bytes": 10**7, "output": "bpe.json"}
+    run([sys.executable, str(HERE / "tokenizer_train.py"), *flags(bpe)], cwd)
+    tokenizers = {"gpt2": "gpt2", "bpe of 4,096": "bpe.json"}
+    peers = {"bare tiktoken loop": "bare_loop", "datasets.map, 2 processes": "map_way"}
+    ours = {"prepare_data.py": ["--no_report"], "prepare_data.py with report": []}
+
+    def prepare(corpus: str, tokenizer: str, more: list[str]) -> tuple[float, float | None]:
+        words = flags({"input": corpus, "tokenizer": tokenizer, "output": "prepared"})
+        return run_watched([sys.executable, str(HERE / "prepare_data.py"), *words, *more], cwd)
+
+    results: dict[str, dict[str, list[float]]] = {name: {way: [] for way in [*peers, *ours]} for name in tokenizers}
+    peaks: dict[tuple[str, str], float] = {}
+    for i in range(args.rounds):
+        for name, tokenizer in tokenizers.items():
+            for way, function in peers.items():
+                done = run([sys.executable, str(HERE / "prepare_peers.py"), function, "corpus.txt", tokenizer], cwd)
+                results[name][way].append(float(done.output.split()[-1]))
+            for way, more in ours.items():
+                seconds, peak = prepare("corpus.txt", tokenizer, more)
+                results[name][way].append(seconds)
+                peaks[name, way] = max(peaks.get((name, way), 0), peak or 0)
+            notice(f"round {i + 1} of {args.rounds}, {name}: " + ", ".join(f"{way} {t[-1]:.2f} s" for way, t in results[name].items()))
+    print(f"{size / 1e6:.0f} MB in {os.cpu_count()} cores; prepare_data.py is timed as a whole process")
+    for name, ways in results.items():
+        for way, seconds in ways.items():
+            line = f"{name:13} {way:27} {spread([size / 1e6 / t for t in seconds])} MB/s"
+            if way in ours:
+                for peer in peers:
+                    line += f"; {spread([a / b for a, b in zip(ways[peer], seconds)])} x {peer.split(',')[0]}"
+                line += f"; peak {peaks[name, way] / 1e6:.0f} MB"
+            print(line)
+    if args.large_megabytes is not None:
+        write_corpus(texts, args.large_megabytes, cwd / "large.txt")
+        for name, tokenizer in tokenizers.items():
+            seconds, peak = prepare("large.txt", tokenizer, [])
+            rate = args.large_megabytes / seconds
+            print(f"{name:13} {args.large_megabytes} MB with report: {seconds:.1f} s, {rate:.1f} MB/s, peak {(peak or 0) / 1e6:.0f} MB")
+
+
 def benchmark_train(args: Arguments, cwd: Path, device: str) -> None:
     shape = SHAPES["cuda" if device.startswith("cuda") else "cpu"]
     rng = np.random.RandomState(0)  # speed doesn't depend on what the tokens say
@@ -286,6 +366,8 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as directory:
         if args.stage == "train":
             benchmark_train(args, Path(directory), choose_device(args.device))
+        elif args.stage == "prepare":
+            benchmark_prepare(args, Path(directory))
         else:
             benchmark_quality(args, Path(directory))
     return 0
