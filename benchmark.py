@@ -76,7 +76,7 @@ class Arguments:
     """train: optimizer steps in a run; the first three are left out of the medians."""
     text: str | None = None
     """quality: a text file, e.g. tiny Shakespeare. prepare: documents to make the corpus from; default: the sample corpus."""
-    megabytes: int = 50
+    megabytes: int = 200
     """prepare: size of the corpus."""
     large_megabytes: int | None = None
     """prepare: measure the memory for a corpus of this size too."""
@@ -205,26 +205,19 @@ def spread(values: list[float], form: str = ".3g") -> str:
     return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
-def run_watched(command: list[str], cwd: Path) -> tuple[float, float | None]:
-    """Seconds of a command, and the largest memory of it and its children together, in bytes (shared pages once); None without /proc."""
-    started, peak = time.perf_counter(), None
-    with tempfile.TemporaryFile("w+") as file:
-        process = subprocess.Popen(command, cwd=cwd, stdout=file, stderr=subprocess.STDOUT)
+def peak_memory(command: list[str], cwd: Path) -> float:
+    """The largest memory of a command and its children together, in bytes, shared pages counted once. Needs Linux; slows the command."""
+    peak = 0
+    with subprocess.Popen(command, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         while process.poll() is None:
-            tree = [process.pid]
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, StopIteration):  # one of them has just ended
+                tree = [process.pid]
                 for pid in tree:
                     tree += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
-            with contextlib.suppress(OSError, StopIteration):  # one of them has just ended
                 rollups = [Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines() for pid in tree]
-                memory = sum(int(next(line for line in lines if line.startswith("Pss:")).split()[1]) * 1024 for lines in rollups)
-                peak = max(peak or 0, memory)
+                peak = max(peak, sum(int(next(line for line in lines if line.startswith("Pss:")).split()[1]) * 1024 for lines in rollups))
             time.sleep(0.02)
-        seconds = time.perf_counter() - started
-        file.seek(0)
-        if process.returncode:
-            raise ValueError(f"{' '.join(command[:3])} ... ended with exit code {process.returncode}: {file.read()[-400:]}")
-    return seconds, peak
+    return peak
 
 
 def benchmark_prepare(args: Arguments, cwd: Path) -> None:
@@ -240,37 +233,39 @@ def benchmark_prepare(args: Arguments, cwd: Path) -> None:
     peers = {"bare tiktoken loop": "bare_loop", "datasets.map, 2 processes": "map_way"}
     ours = {"prepare_data.py": ["--no_report"], "prepare_data.py with report": []}
 
-    def prepare(corpus: str, tokenizer: str, more: list[str]) -> tuple[float, float | None]:
-        words = flags({"input": corpus, "tokenizer": tokenizer, "output": "prepared"})
-        return run_watched([sys.executable, str(HERE / "prepare_data.py"), *words, *more], cwd)
+    def prepare(corpus: str, tokenizer: str, more: list[str]) -> list[str]:
+        return [
+            sys.executable,
+            str(HERE / "prepare_data.py"),
+            *flags({"input": corpus, "tokenizer": tokenizer, "output": "prepared"}),
+            *more,
+        ]
 
     results: dict[str, dict[str, list[float]]] = {name: {way: [] for way in [*peers, *ours]} for name in tokenizers}
-    peaks: dict[tuple[str, str], float] = {}
     for i in range(args.rounds):
         for name, tokenizer in tokenizers.items():
             for way, function in peers.items():
                 done = run([sys.executable, str(HERE / "prepare_peers.py"), function, "corpus.txt", tokenizer], cwd)
                 results[name][way].append(float(done.output.split()[-1]))
             for way, more in ours.items():
-                seconds, peak = prepare("corpus.txt", tokenizer, more)
-                results[name][way].append(seconds)
-                peaks[name, way] = max(peaks.get((name, way), 0), peak or 0)
+                started = time.perf_counter()
+                run(prepare("corpus.txt", tokenizer, more), cwd)
+                results[name][way].append(time.perf_counter() - started)
             notice(f"round {i + 1} of {args.rounds}, {name}: " + ", ".join(f"{way} {t[-1]:.2f} s" for way, t in results[name].items()))
-    print(f"{size / 1e6:.0f} MB in {os.cpu_count()} cores; prepare_data.py is timed as a whole process")
+    print(f"{size / 1e6:.0f} MB on {os.cpu_count()} cores; prepare_data.py is timed as a whole process")
     for name, ways in results.items():
         for way, seconds in ways.items():
             line = f"{name:13} {way:27} {spread([size / 1e6 / t for t in seconds])} MB/s"
             if way in ours:
-                for peer in peers:
-                    line += f"; {spread([a / b for a, b in zip(ways[peer], seconds)])} x {peer.split(',')[0]}"
-                line += f"; peak {peaks[name, way] / 1e6:.0f} MB"
+                line += "".join(f"; {spread([a / b for a, b in zip(ways[peer], seconds)])} x {peer.split(',')[0]}" for peer in peers)
             print(line)
+    corpora = {"corpus.txt": args.megabytes}
     if args.large_megabytes is not None:
         write_corpus(texts, args.large_megabytes, cwd / "large.txt")
-        for name, tokenizer in tokenizers.items():
-            seconds, peak = prepare("large.txt", tokenizer, [])
-            rate = args.large_megabytes / seconds
-            print(f"{name:13} {args.large_megabytes} MB with report: {seconds:.1f} s, {rate:.1f} MB/s, peak {(peak or 0) / 1e6:.0f} MB")
+        corpora["large.txt"] = args.large_megabytes
+    for name, tokenizer in tokenizers.items():
+        peaks = [f"{n} MB of text {peak_memory(prepare(corpus, tokenizer, []), cwd) / 1e6:.0f} MB" for corpus, n in corpora.items()]
+        print(f"{name:13} peak memory of all processes: {', '.join(peaks)}")
 
 
 def benchmark_train(args: Arguments, cwd: Path, device: str) -> None:

@@ -1,8 +1,10 @@
 """What may be done to a document before it is encoded, each by a flag, and what is dropped. Doesn't import torch."""
 
+import functools
 import importlib.util
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,12 +52,16 @@ class Cleaning:
 
     def clean(self, text: str, counts: Counter) -> str:
         """The document as it is kept, but for what the tokenizer's own normalization does. Counts what was changed."""
-        for name, change in (("fix_mojibake", _fix_mojibake), ("remove_control", _remove_control), ("whitespace", _whitespace)):
-            if getattr(self, name):
-                changed = change(text)
-                counts[f"changed by {name}"] += changed != text
-                text = changed
+        for name, change in self._changes:
+            changed = change(text)
+            counts[f"changed by {name}"] += changed != text
+            text = changed
         return text
+
+    @functools.cached_property
+    def _changes(self) -> list[tuple[str, Callable[[str], str]]]:
+        changes = (("fix_mojibake", _fix_mojibake), ("remove_control", _remove_control), ("whitespace", _whitespace))
+        return [(name, change) for name, change in changes if getattr(self, name)]
 
     def reason_to_drop(self, text: str) -> str | None:
         """Why a cleaned document is left out, None if it stays."""

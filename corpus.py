@@ -1,5 +1,6 @@
 """The documents that are to be prepared: sources, their splits and shares, samples of them. Doesn't import torch."""
 
+import functools
 import hashlib
 import heapq
 import itertools
@@ -27,8 +28,14 @@ BYTES_PER_TOKEN = 4  # of an ordinary tokenizer, where only a limit in tokens is
 
 def document_key(text: str, seed: int) -> int:
     """64 bits that identify a document's content, in a way that depends on the seed."""
-    digest = hashlib.blake2b(text.encode(), key=str(seed).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big")
+    digest = _keyed_hash(seed).copy()
+    digest.update(text.encode())
+    return int.from_bytes(digest.digest(), "big")
+
+
+@functools.cache
+def _keyed_hash(seed: int):
+    return hashlib.blake2b(key=str(seed).encode(), digest_size=8)
 
 
 def split_by_hash(key: int, val_fraction: float, test_fraction: float) -> str:

@@ -50,28 +50,30 @@ class Recipe:
 
 def encode_batch(recipe: Recipe, tokenizer: TextTokenizer, divide: str | Splitting, texts: list[str]) -> Encoded:
     """Texts of one source. divide: the split they belong to, or how they are to be divided."""
-    counts, keys, document, split, parts, sizes = Counter(), [], [], [], [], []
+    counts, keys, document, split, parts = Counter(), [], [], [], []
+    clean, drop, normalize, seed = recipe.cleaning.clean, recipe.cleaning.reason_to_drop, tokenizer.normalize, recipe.seed
     for text in texts:
-        text = tokenizer.normalize(recipe.cleaning.clean(text, counts))
-        reason = recipe.cleaning.reason_to_drop(text)
+        text = normalize(clean(text, counts))
+        reason = drop(text)
         if reason is not None:
             counts[reason] += 1
             continue
-        counts["contain NUL"] += "\0" in text
-        counts["contain CR"] += "\r" in text
-        key = document_key(text, recipe.seed)
+        for odd, name in (("\0", "contain NUL"), ("\r", "contain CR")):
+            if odd in text:
+                counts[name] += 1
+        key = document_key(text, seed)
         for name, part in [(divide, text)] if isinstance(divide, str) else divide.parts(text, key):
             document.append(len(keys))
             split.append(SPLITS.index(name))
             parts.append(part)
-            sizes.append(len(part) if part.isascii() else len(part.encode()))
         keys.append(key)
+    sizes = [len(part) if part.isascii() else len(part.encode()) for part in parts]
     ids, tokens = tokenizer.encode_documents(parts)
     whole = (np.array(values, np.int64) for values in (document, split, tokens, sizes))
     return Encoded(np.array(keys, np.uint64), *whole, ids, +counts)
 
 
-_worker: tuple[Recipe, TextTokenizer]
+_worker: tuple[Recipe, TextTokenizer] | None = None  # a forked process finds its parent's
 
 
 def _start_worker(recipe: Recipe) -> None:
@@ -86,7 +88,8 @@ def _start_worker(recipe: Recipe) -> None:
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()  # a killed parent can't end us
-    _worker = recipe, TextTokenizer(recipe.tokenizer_json)
+    if _worker is None or _worker[0] is not recipe:
+        _worker = recipe, TextTokenizer(recipe.tokenizer_json)
 
 
 def _encode_in_worker(divide: str | Splitting, texts: list[str]) -> Encoded:
@@ -100,6 +103,9 @@ class DocumentEncoder:
         self.recipe, self.tokenizer, self.workers = recipe, tokenizer, workers
         self.pool = None
         if workers > 1:
+            global _worker
+            _worker = recipe, tokenizer
+            tokenizer.warm_up()
             self.pool = concurrent.futures.ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(recipe,))
 
     def __enter__(self) -> "DocumentEncoder":

@@ -1,13 +1,20 @@
 """The kinds of tokenizers that are made here, each as a tokenizer.json: gpt2, bpe, wordpiece, word, char, byte. Doesn't import torch."""
 
 import functools
+import json
 from collections.abc import Iterable
 
-import tiktoken
+from tiktoken.load import read_file_cached
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from tokenizers_io import EOT, MAX_VOCAB_SIZE, PADDING, UNKNOWN, TextTokenizer, byte_characters, load_tokenizer
 
+# the files from which tiktoken makes its "gpt2", in its own cache
+GPT2_FILES = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
+GPT2_SHA256 = {
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+}
 SPECIAL = (EOT, UNKNOWN, PADDING)  # of the kinds that don't know every text
 SMALLEST = {"bpe": 257, "wordpiece": 515, "word": 4}  # all bytes (wordpiece: at a word's beginning and inside) and the special tokens
 
@@ -28,41 +35,25 @@ def _byte_level(model) -> Tokenizer:
 
 
 @functools.lru_cache(maxsize=1)
-def _gpt2_json() -> str:
+def _gpt2() -> TextTokenizer:
     try:
-        encoding = tiktoken.get_encoding("gpt2")
+        merges, vocab = (read_file_cached(f"{GPT2_FILES}/{name}", sha256) for name, sha256 in GPT2_SHA256.items())
     except Exception as error:  # requests' errors, or an OSError of the cache directory
         raise ValueError(
             f"GPT-2's tokenizer files can't be had ({type(error).__name__}: tiktoken downloads them once); "
             "pass --tokenizer bpe to train a tokenizer on your own text, which needs no network"
         ) from None
-    ranks = encoding._mergeable_ranks
-    characters = byte_characters()
-    merges = []
-    for token, rank in ranks.items():
-        if len(token) > 1:
-            left, right = _last_merge(token, rank, ranks)
-            merges.append((rank, "".join(characters[b] for b in left), "".join(characters[b] for b in right)))
-    vocab = {"".join(characters[b] for b in token): rank for token, rank in ranks.items()}
-    return _finish(_byte_level(models.BPE(vocab, [(left, right) for _, left, right in sorted(merges)])), None).json
-
-
-def _last_merge(token: bytes, rank: int, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
-    """The two parts that byte pair encoding joins last to make `token`: merge its bytes with all earlier ranks."""
-    parts = [token[i : i + 1] for i in range(len(token))]
-    while len(parts) > 2:
-        pairs = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
-        best = min(range(len(pairs)), key=pairs.__getitem__)
-        assert pairs[best] < rank, f"{token!r} is no product of byte pair merges"
-        parts[best : best + 2] = [parts[best] + parts[best + 1]]
-    return parts[0], parts[1]
+    ids = json.loads(vocab)
+    del ids[EOT]  # becomes a special token, with the same id: the last one
+    pairs = [tuple(line.split(" ")) for line in merges.decode().splitlines()[1:]]
+    return _finish(_byte_level(models.BPE(ids, pairs)), None)
 
 
 def gpt2_tokenizer(normalizer: normalizers.Normalizer | None = None) -> TextTokenizer:
     """GPT-2's tokenizer (Radford et al. 2019), ids identical to tiktoken's. Raises ValueError if tiktoken can't get its files."""
-    tokenizer = Tokenizer.from_str(_gpt2_json())
     if normalizer is None:
-        return TextTokenizer(_gpt2_json())
+        return _gpt2()
+    tokenizer = Tokenizer.from_str(_gpt2().json)
     tokenizer.normalizer = normalizer
     return TextTokenizer(tokenizer.to_str())
 

@@ -148,6 +148,10 @@ class TextTokenizer:
         vocab = self.description["model"]["vocab"].items()
         return {i: bytes(byte_of[character] for character in token) for token, i in vocab if i not in self.special_ids}
 
+    def warm_up(self) -> None:
+        """Build now what encoding needs, so that forked processes find it."""
+        self.encode("")
+
     @functools.cached_property
     def ids_are_bytes(self) -> bool:
         """Whether the ids are the text's UTF-8 bytes (kind `byte`)."""

@@ -16,19 +16,8 @@ SOURCES = sorted(ROOT.glob("*.py"))
 SCRIPTS = {"prepare_data", "tokenizer_train", "train", "evaluate", "compare", "export_model", "generate", "benchmark"}
 # A module imports only from those before it; a script, besides, another script whose stage it runs whole.
 ORDER = ["config", "utils", "models", "twins", "optimizers", "sample_corpus", "text_sources", "tokenizers_io", "tokenizer_kinds"]
-ORDER += [
-    "token_files",
-    "prepare_peers",
-    "cleaning",
-    "corpus",
-    "document_encoder",
-    "data_report",
-    "run_log",
-    "checkpoints_io",
-    "measures",
-    "estimates",
-]
-ORDER += ["parallel", "batches", "trainer", "starting_point"]
+ORDER += ["token_files", "prepare_peers", "cleaning", "corpus", "document_encoder", "data_report", "run_log", "checkpoints_io"]
+ORDER += ["measures", "estimates", "parallel", "batches", "trainer", "starting_point"]
 
 
 def calls(tree: ast.AST):
