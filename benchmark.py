@@ -40,6 +40,7 @@ with needs_packages():
     from prepare_peers import write_corpus
     from run_log import read_metrics
     from text_sources import Format, TextFile
+    from tokenizer_kinds import gpt2_tokenizer
     from tokenizers_io import EOT
 
 HERE = Path(__file__).resolve().parent
@@ -230,6 +231,11 @@ def benchmark_prepare(args: Arguments, cwd: Path) -> None:
     bpe = {"input": "corpus.txt", "train_bytes": 10**7, "output": "bpe.json"}
     run([sys.executable, str(HERE / "tokenizer_train.py"), *flags(bpe)], cwd)
     tokenizers = {"gpt2": "gpt2", "bpe of 4,096": "bpe.json"}
+    try:
+        gpt2_tokenizer()
+    except ValueError as error:
+        notice(f"without gpt2: {error}")
+        del tokenizers["gpt2"]
     peers = {"bare tiktoken loop": "bare_loop", "datasets.map, 2 processes": "map_way"}
     ours = {"prepare_data.py": ["--no_report"], "prepare_data.py with report": []}
 

@@ -114,10 +114,8 @@ class KeySet:
         if len(run):
             self.runs.append(run)
 
-    def first_time(self, keys: np.ndarray) -> np.ndarray:
-        """Which keys (n,) uint64 were never given before, the first of equal ones only: (n,) bool. Adds them all."""
-        fresh = np.zeros(len(keys), bool)
-        fresh[np.unique(keys, return_index=True)[1]] = True
-        fresh &= ~self.contains(keys)
-        self.add(keys[fresh])
-        return fresh
+    def fresh(self, keys: np.ndarray) -> np.ndarray:
+        """Which keys (n,) uint64 are not in the set, the first of equal ones only: (n,) bool."""
+        first = np.zeros(len(keys), bool)
+        first[np.unique(keys, return_index=True)[1]] = True
+        return first & ~self.contains(keys)

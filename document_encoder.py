@@ -2,20 +2,21 @@
 
 import collections
 import concurrent.futures
+import dataclasses
 import multiprocessing
 import multiprocessing.connection
 import os
 import signal
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
 import numpy as np
 
 from cleaning import Cleaning
-from corpus import Splitting, document_key
+from corpus import Group, Splitting, document_key
 from token_files import SPLITS
 from tokenizers_io import TextTokenizer
 
@@ -37,6 +38,10 @@ class Encoded:
     bytes: np.ndarray
     ids: np.ndarray
     counts: Counter
+
+    def counting(self, more: Counter) -> "Encoded":
+        """The same with further counts."""
+        return dataclasses.replace(self, counts=self.counts + more)
 
 
 @dataclass(frozen=True)
@@ -115,40 +120,49 @@ class DocumentEncoder:
         if self.pool is not None:
             self.pool.shutdown(cancel_futures=True)
 
-    def encode(self, documents: Iterable[str], divide: str | Splitting, wanted: Callable[[], float]) -> Iterator[Encoded]:
-        """All documents encoded, in order; reads only a few batches ahead, and no more documents than `wanted()` says can be used."""
+    def encode(self, group: Group, most: int | None, wanted: Callable[[], float]) -> Iterator[Encoded]:
+        """All documents of a group encoded, in order, in batches of `most` documents at most, which don't depend on the number of workers.
+
+        Reads only a few batches ahead, and no further than for the number of documents that `wanted()` says can be used.
+        """
         if self.pool is None:
-            for batch in batches(documents, wanted):
-                yield encode_batch(self.recipe, self.tokenizer, divide, batch)
+            for batch, counts in batches(group, most):
+                yield encode_batch(self.recipe, self.tokenizer, group.divide, batch).counting(counts)
             return
-        pending: collections.deque[tuple[int, concurrent.futures.Future]] = collections.deque()
-
-        def ahead() -> int:
-            return sum(documents for documents, _ in pending)
-
+        pending: collections.deque[tuple[int, Counter, concurrent.futures.Future]] = collections.deque()
         try:
-            for batch in batches(documents, lambda: wanted() - ahead()):
-                pending.append((len(batch), self.pool.submit(_encode_in_worker, divide, batch)))
-                while pending and (len(pending) > 2 * self.workers or ahead() >= wanted()):
-                    yield pending.popleft()[1].result()
+            for batch, counts in batches(group, most):
+                pending.append((len(batch), counts, self.pool.submit(_encode_in_worker, group.divide, batch)))
+                while pending and (len(pending) > 2 * self.workers or sum(documents for documents, *_ in pending) >= wanted()):
+                    _, counts, future = pending.popleft()
+                    yield future.result().counting(counts)
             while pending:
-                yield pending.popleft()[1].result()
+                _, counts, future = pending.popleft()
+                yield future.result().counting(counts)
         except BrokenProcessPool:
             raise ValueError(f"one of the {self.workers} processes that encode was killed; is memory short? Try --num_workers 1") from None
         finally:
-            for _, future in pending:
+            for *_, future in pending:
                 future.cancel()
 
 
-def batches(documents: Iterable[str], wanted: Callable[[], float]) -> Iterator[list[str]]:
-    """Documents in lists of about a million characters, or of as many documents as can be used."""
+def batches(group: Group, most: int | None) -> Iterator[tuple[list[str], Counter]]:
+    """A group's documents in lists of about a million characters, and what reading them had to replace or cut."""
+
+    def told() -> Counter:
+        replaced, cut = (sum(getattr(source, name) for source in group.sources) for name in ("replaced", "cut"))
+        return Counter({"bytes that are not UTF-8": replaced, "cut into documents for their length": cut})
+
+    for source in group.sources:
+        source.replaced = source.cut = 0  # what an earlier reading counted
     batch: list[str] = []
-    size, most = 0, wanted()
-    for document in documents:
+    size, before = 0, Counter()
+    for document in group.documents():
         batch.append(document)
         size += len(document)
-        if size >= BATCH_CHARACTERS or len(batch) >= most:
-            yield batch
-            batch, size, most = [], 0, wanted()
+        if size >= BATCH_CHARACTERS or len(batch) == most:
+            now = told()
+            yield batch, now - before
+            batch, size, before = [], 0, now
     if batch:
-        yield batch
+        yield batch, told() - before

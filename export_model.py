@@ -28,7 +28,7 @@ with needs_packages():
 
     from checkpoints_io import load_model
     from models import GPT
-    from tokenizers_io import EOT, TextTokenizer
+    from tokenizers_io import EOT, PADDING, UNKNOWN, TextTokenizer
     from twins import hf_config, to_hf
     from utils import fsync_directory
 
@@ -113,6 +113,8 @@ def write_hf(model: GPT, tokenizer: TextTokenizer, path: Path) -> Callable[[np.n
         "bos_token": EOT,
         "model_max_length": model.config.block_size,
     }
+    there = tokenizer.tokenizer.get_vocab(with_added_tokens=True)
+    of_tokenizer |= {name: token for name, token in (("unk_token", UNKNOWN), ("pad_token", PADDING)) if token in there}
     of_generation = {"bos_token_id": tokenizer.eot_id, "eos_token_id": tokenizer.eot_id}
     for name, content in (("config", config), ("tokenizer_config", of_tokenizer), ("generation_config", of_generation)):
         (path / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -150,29 +150,37 @@ class Selection:
 
     def keep(self, encoded: Encoded) -> list[tuple[str, np.ndarray, int, int]]:
         """What is kept of some documents: (split, ids, documents, UTF-8 bytes)."""
+        fresh = self.seen.fresh(encoded.keys) if self.deduplicate else np.ones(len(encoded.keys), bool)
+        leaked = self.held_out.contains(encoded.keys) if self.group.split is None else np.zeros(len(fresh), bool)
+        ok = (fresh & ~leaked)[encoded.document]
+        used = self._documents_until_full(encoded, ok)
+        ok &= encoded.document < used
         self.counts += encoded.counts
-        fresh = self.seen.first_time(encoded.keys) if self.deduplicate else np.ones(len(encoded.keys), bool)
-        if self.group.split is None and len(self.held_out):
-            leaked = self.held_out.contains(encoded.keys)
-            self.counts["in val or test already"] += int(leaked.sum())
-            self.counts["duplicates"] += int((~fresh & ~leaked).sum())
-            fresh &= ~leaked
-        else:
-            self.counts["duplicates"] += int((~fresh).sum())
+        self.counts["in val or test already"] += int(leaked[:used].sum())
+        self.counts["duplicates"] += int((~fresh & ~leaked)[:used].sum())
+        self.seen.add(encoded.keys[:used][fresh[:used]])
         if self.group.split in ("val", "test"):
-            self.held_out.add(encoded.keys[~self.held_out.contains(encoded.keys)])
+            self.held_out.add(encoded.keys[:used][~self.held_out.contains(encoded.keys[:used])])
         kept = []
         for i, split in enumerate(SPLITS):
-            mine = fresh[encoded.document] & (encoded.split == i)
+            mine = ok & (encoded.split == i)
             if mine.any():
                 ids = encoded.ids if mine.all() else encoded.ids[np.repeat(mine, encoded.tokens)]
                 kept.append((split, *self._fit(split, ids, encoded.tokens[mine], encoded.bytes[mine])))
-        self.full |= min(self.left[self.group.split or "train"]) <= 0
         for split, ids, *_ in kept:
             self.sizes[split].append(np.diff(np.flatnonzero(ids == self.tokenizer.eot_id), prepend=-1).astype(np.int32))
             if self.tokenizer.unknown_id is not None:
                 self.unknown[split] += int((ids == self.tokenizer.unknown_id).sum())
         return kept
+
+    def _documents_until_full(self, encoded: Encoded, ok: np.ndarray) -> int:
+        """How many of the documents are looked at before the split that ends the group is full: all of them if it stays open."""
+        split = self.group.split or "train"
+        mine = ok & (encoded.split == SPLITS.index(split))
+        have = (np.arange(1, mine.sum() + 1), np.cumsum(encoded.bytes[mine]), np.cumsum(encoded.tokens[mine]))
+        last = min(int(np.searchsorted(values, most)) for values, most in zip(have, self.left[split]))
+        self.full = last < mine.sum()
+        return int(encoded.document[mine][last]) + 1 if self.full else len(encoded.keys)
 
     def _fit(self, split: str, ids: np.ndarray, tokens: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, int, int]:
         """As much of these documents as the split may still get: (ids, documents, bytes)."""
@@ -250,7 +258,7 @@ def largest_mixture(corpus: Corpus, encoder: DocumentEncoder, deduplicate: bool)
     selection, tokens = Selection(encoder.tokenizer, deduplicate), []
     for group in tqdm(corpus.groups, desc="counting", unit="source", disable=None):
         selection.start(group, Limits())
-        for encoded in encoder.encode(group.documents(), group.divide, selection.wanted):
+        for encoded in encoder.encode(group, None, selection.wanted):
             selection.keep(encoded)
         if group.split is None:
             tokens.append(selection.taken)
@@ -288,7 +296,7 @@ def prepare(args: Arguments) -> dict:
     tokenizer = choose_tokenizer(args, corpus)
     total = corpus.total_bytes
     workers = args.num_workers or (1 if total is not None and total < SMALL else min(8, os.cpu_count() or 1))
-    selection, cut = Selection(tokenizer, corpus.cleaning.deduplicate), Counter()
+    selection = Selection(tokenizer, corpus.cleaning.deduplicate)
     with (
         DataDirectoryWriter(Path(args.output)) as writer,
         DocumentEncoder(Recipe(tokenizer.json, corpus.cleaning, corpus.seed), tokenizer, workers) as encoder,
@@ -299,17 +307,14 @@ def prepare(args: Arguments) -> dict:
         for group in corpus.groups:
             limits = corpus.limits_of(group)
             selection.start(group, limits)
-            for encoded in encoder.encode(group.documents(), group.divide, selection.wanted):
+            for encoded in encoder.encode(group, limits.documents, selection.wanted):
                 for split, ids, documents, n_bytes in selection.keep(encoded):
                     writer.add(split, ids, documents, n_bytes)
                 bar.update(int(encoded.bytes.sum()))
                 if selection.full:
                     break
             check_share(corpus, selection, limits)
-            for source in group.sources:
-                cut["bytes that are not UTF-8"] += source.replaced
-                cut["cut into documents for their length"] += source.cut
-        counts = dict(sorted((+selection.counts + +cut).items()))
+        counts = dict(sorted((+selection.counts).items()))
         meta = corpus.describe() | recorded(args) | {"counts": counts}
         if tokenizer.unknown_id is not None:
             meta["unknown_tokens"] = selection.unknown

@@ -67,9 +67,9 @@ class Arguments:
     data_dir: tuple[str, ...] = ("./data",)
     """Data directories, DIR or DIR:WEIGHT. Several are read as one; with weights they are mixed in those shares."""
     dataset: str | None = None
-    """Instead of --data_dir: a text file (or hub dataset) that is prepared into the run's own data/ first."""
+    """Instead of --data_dir: a file as prepare_data.py reads (or a hub dataset), which is prepared into the run's own data/ first."""
     tokenizer: str | None = None
-    """For --dataset: gpt2 (default), bpe, byte, char or a tokenizer.json. For a data directory without meta.json: its tokenizer."""
+    """For --dataset: gpt2 (default), bpe, wordpiece, word, char, byte or a tokenizer.json. For data without meta.json: its tokenizer."""
     out_dir: str | None = None
     """The run directory. Default: ./checkpoints for ./data, ./checkpoints/NAME for a data directory or dataset of that name."""
     preset: str | None = None

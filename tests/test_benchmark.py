@@ -64,6 +64,24 @@ def test_mistakes(tmp_path, mistake, flags, part):
     assert part in mistake("benchmark.py", *flags, cwd=tmp_path)
 
 
+def test_prepare_beside_peers(tmp_path, monkeypatch, capsys):
+    """A line for each way, with ratios that follow from the rates printed, and the memory; without GPT-2's files for bpe alone."""
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "none"))
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setattr(benchmark, "gpt2_tokenizer", lambda: (_ for _ in ()).throw(ValueError("no files")))
+    text = tmp_path / "t.txt"
+    text.write_text("<|endoftext|>".join(f"A story about the number {i}, and the next, {i + 1}." for i in range(300)))
+    assert benchmark.main(["prepare", "--text", str(text), "--megabytes", "1", "--large_megabytes", "2", "--rounds", "1"]) == 0
+    captured = capsys.readouterr()
+    lines = captured.out.splitlines()
+    assert len(lines) == 6 and "without gpt2: no files" in captured.err
+    rates = [float(re.search(r"([\d.e+]+) \(", line)[1]) for line in lines[1:5]]
+    for line, rate in zip(lines[3:5], rates[2:]):
+        ratios = [float(found) for found in re.findall(r"; ([\d.e+-]+) \(", line)]
+        assert ratios == [pytest.approx(rate / peer, rel=0.02) for peer in rates[:2]]
+    assert re.search(r"1 MB of text [\d,]+ MB, 2 MB of text [\d,]+ MB", lines[5])
+
+
 def test_a_peer_that_fails_is_one_sentence(peer, tmp_path, mistake, monkeypatch):
     (peer / "train.py").write_text("raise SystemExit('no such option')")
     monkeypatch.setitem(benchmark.SHAPES, "cpu", {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 8, "batch_size": 1})

@@ -146,7 +146,9 @@ def test_a_key_set_is_a_set(batches):
     for batch in batches:
         fresh = [key not in seen and key not in batch[:i] for i, key in enumerate(batch)]
         assert keys.contains(np.array(batch, np.uint64)).tolist() == [key in seen for key in batch]
-        assert keys.first_time(np.array(batch, np.uint64)).tolist() == fresh
+        found = keys.fresh(np.array(batch, np.uint64))
+        assert found.tolist() == fresh
+        keys.add(np.array(batch, np.uint64)[found])
         seen |= set(batch)
         assert len(keys) == len(seen) and all(len(a) >= 2 * len(b) for a, b in zip(keys.runs, keys.runs[1:]))
 
@@ -198,6 +200,32 @@ def test_limits_are_exact_for_any_number_of_workers(tmp_path, monkeypatch, limit
         prepared(tmp_path, texts, "w1", **{limit: n}, num_workers=1)
         for name in ("train.bin", "val.bin", "test.bin", "meta.json"):
             assert (other / name).read_bytes() == (tmp_path / f"w{workers}" / name).read_bytes()
+
+
+@pytest.mark.parametrize("limit", [{"max_documents": 90}, {"max_tokens": 40_000}])
+def test_what_lies_behind_a_limit_changes_nothing(tmp_path, monkeypatch, limit):
+    """Neither documents that were read ahead, nor equal ones among them, nor bytes that are not UTF-8."""
+    monkeypatch.setattr("document_encoder.BATCH_CHARACTERS", 9000)
+    results = []
+    for i, workers in enumerate((1, 2, 3)):
+        write_stories(tmp_path / "a.txt", STORIES)
+        with open(tmp_path / "a.txt", "ab") as file:
+            file.write(b"\xff\xff")
+        write_stories(tmp_path / "b.txt", STORIES[::-1])
+        shares = {"input": (f"{tmp_path}/a.txt:1", f"{tmp_path}/b.txt:1"), "errors": "replace", "num_workers": workers}
+        results.append(prepared(tmp_path, {}, f"d{i}", **shares, **limit))
+    assert results[0] == results[1] == results[2]
+    first = documents(tmp_path / "d0", "train")
+    assert len(set(first)) == len(first) and len(first) > 40
+    assert "bytes that are not UTF-8" not in results[0]["counts"] or results[0]["counts"]["bytes that are not UTF-8"] == 2
+
+
+def test_bytes_that_are_not_utf8_are_counted_once(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_bytes(EOT.join(f"{name} {text}" for text in STORIES).encode() + b" \xff end")
+    inputs = (f"{tmp_path}/a.txt", f"{tmp_path}/b.txt")
+    meta = prepared(tmp_path, {}, input=inputs, errors="replace", tokenizer="bpe", vocab_size=300)
+    assert meta["counts"] == {"bytes that are not UTF-8": 2} and meta["made_with"]["errors"] == "replace"
 
 
 def test_one_long_text_is_cut_at_the_limit_too(tmp_path):

@@ -258,7 +258,7 @@ def test_a_streamed_dataset_is_read_no_further_than_needed(tmp_path, monkeypatch
         prepare_data.Arguments(**arguments, max_documents=150, output=str(tmp_path / "d"), num_workers=workers, split="hash")
     )
     assert [meta["splits"][split]["documents"] for split in ("train", "val")] == [150, 150] and meta["splits"]["test"]["documents"] > 1
-    assert rows["train"].read < 400 and rows["validation"].read == 150
+    assert rows["train"].read < 700 and rows["validation"].read == 150
     assert meta["counts"]["in val or test already"] > 100  # these rows are the validation split's too
     assert meta["sources"] == [{"name": "some/set:validation", "split": "val"}, {"name": "some/set:train"}]
 
