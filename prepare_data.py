@@ -158,7 +158,8 @@ class Selection:
         self.counts += encoded.counts
         self.counts["in val or test already"] += int(leaked[:used].sum())
         self.counts["duplicates"] += int((~fresh & ~leaked)[:used].sum())
-        self.seen.add(encoded.keys[:used][fresh[:used]])
+        if self.deduplicate:
+            self.seen.add(encoded.keys[:used][fresh[:used]])
         if self.group.split in ("val", "test"):
             self.held_out.add(encoded.keys[:used][~self.held_out.contains(encoded.keys[:used])])
         kept = []

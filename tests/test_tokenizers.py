@@ -1,6 +1,7 @@
 """Tokenizers: identical to tiktoken and tokenizers, lossless where they say so, never leaking the end-of-text id."""
 
 import json
+import re
 import sys
 import unicodedata
 
@@ -14,6 +15,7 @@ from tokenizers import Tokenizer
 import sample_corpus
 import tokenizers_io
 from tests.conftest import ROOT
+from tests.runs import write_stories
 from tokenizer_kinds import byte_tokenizer, char_tokenizer, gpt2_tokenizer, make_tokenizer, train_bpe
 from tokenizers_io import EOT, KINDS, TextTokenizer, load_tokenizer
 
@@ -235,3 +237,37 @@ def test_gpt2_without_network_names_the_way_out(tmp_path, script):
     offline = {"TIKTOKEN_CACHE_DIR": str(tmp_path / "empty"), "HTTPS_PROXY": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
     process = script("prepare_data.py", "--input", story, "--output", tmp_path / "data", code=2, **offline)
     assert "--tokenizer bpe" in process.stderr and not (tmp_path / "data").exists()
+
+
+def test_training_tells_how_good_a_tokenizer_is_and_shows_it(tmp_path, script):
+    write_stories(tmp_path / "s.txt", TEXTS * 3)  # 60 different ones
+    offline = {"TIKTOKEN_CACHE_DIR": str(tmp_path / "empty"), "HTTPS_PROXY": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+    flags = ["--input", "s.txt", "--kind", "word", "--vocab_size", 300, "--lowercase", "--output", "t.json"]
+    process = script("tokenizer_train.py", *flags, cwd=tmp_path, **offline)
+    tokenizer = load_tokenizer(tmp_path / "t.json")
+    assert tokenizer.vocab_size == 300 and tokenizer.normalizers == ("Lowercase",)
+    assert re.search(r"\d\.\d\d bytes/token on [\d,]+ characters of held-out text; GPT-2's can't be had", process.stdout)
+    assert "longest tokens: ' " in process.stdout and "of 297 tokens don't occur" in process.stdout
+    assert "of the held-out tokens are unknown" in process.stderr
+    text = "Once upon a time, ONCE Ünknown"
+    lines = script("tokenizer_train.py", "--show", text, "--tokenizer", "t.json", cwd=tmp_path).stdout.splitlines()
+    assert [int(line.split()[0]) for line in lines[1:-1]] == tokenizer.encode(text)
+    assert lines[1].endswith("'once'") and "' upon'" in lines[2] and "<|unk|>" in lines[-2]
+    assert lines[-1].startswith(f"{len(lines) - 2} tokens, {len(text.encode())} bytes; decoded, which differs: once upon a time, once")
+
+
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [
+        (["--show", "text"], "belong together"),
+        (["--show", "text", "--tokenizer", "nothing.json"], "no tokenizer at nothing.json"),
+        ([], "give either --input"),
+        (["--input", "blank.txt"], "holds no text"),
+        (["--input", "s.txt", "--kind", "wordpiece", "--vocab_size", "400"], "vocab_size=400 must be between 515"),
+        (["--input", "s.txt", "--kind", "gpt2"], "gpt2"),
+    ],
+)
+def test_mistakes_in_training(tmp_path, mistake, flags, part):
+    (tmp_path / "blank.txt").write_text(" \n")
+    (tmp_path / "s.txt").write_text("a text")
+    assert part in mistake("tokenizer_train.py", *flags, cwd=tmp_path) and not (tmp_path / "tokenizer.json").exists()
