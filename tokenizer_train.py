@@ -65,12 +65,16 @@ class Arguments:
 
 
 def readable(tokenizer: TextTokenizer, token_id: int) -> str:
-    """A token as people can read it, in quotes: bytes of byte-level tokens as the characters they are, incomplete ones as U+FFFD."""
+    """A token as people can read it, in quotes; part of a character as its bytes, e.g. <C3>."""
     token = tokenizer.tokenizer.id_to_token(token_id) or ""
     byte_of = {character: byte for byte, character in enumerate(byte_characters())}
     of_bytes = token_id not in tokenizer.special_ids and "ByteLevel" in str(tokenizer.description["decoder"])
     if of_bytes and all(character in byte_of for character in token):
-        token = bytes(byte_of[character] for character in token).decode(errors="replace")
+        data = bytes(byte_of[character] for character in token)
+        try:
+            return repr(data.decode())
+        except UnicodeDecodeError:
+            return "".join(f"<{byte:02X}>" for byte in data)
     return repr(token)
 
 
