@@ -113,12 +113,15 @@ def byte_tokenizer(normalizer: normalizers.Normalizer | None = None) -> TextToke
 
 
 def char_tokenizer(texts: Iterable[str], normalizer: normalizers.Normalizer | None = None) -> TextTokenizer:
-    """Each character of `texts` is an id; others become `<|unk|>`. Raises ValueError if they are too many for uint16."""
+    """Each character of `texts` is an id, others become `<|unk|>`; raises ValueError if they are too many for uint16.
+
+    The characters come first and in their order, so that these are the ids of nanoGPT's shakespeare_char.
+    """
     found: set[str] = set()
     for text in texts:
         found.update(text if normalizer is None else normalizer.normalize_str(text))
     characters = sorted(found)
-    vocab = {token: i for i, token in enumerate((*SPECIAL, *characters))}
+    vocab = {token: i for i, token in enumerate((*characters, *SPECIAL))}
     if len(vocab) > MAX_VOCAB_SIZE:
         raise ValueError(f"the text has {len(characters)} different characters, too many for uint16 token files; pass --tokenizer bpe")
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=UNKNOWN))

@@ -149,6 +149,14 @@ def test_char_is_lossless_for_known_characters_only():
     assert tokenizer.eot_id not in tokenizer.encode(EOT)
 
 
+def test_char_ids_are_those_of_nanogpt():
+    """The places of the characters in the sorted text."""
+    tokenizer = make_tokenizer("char", TEXTS, 0)
+    characters = sorted(set("".join(TEXTS)))
+    assert [tokenizer.encode(text) for text in TEXTS] == [[characters.index(c) for c in text] for text in TEXTS]
+    assert tokenizer.eot_id >= len(characters)
+
+
 @pytest.mark.parametrize("kind", ["word", "wordpiece"])
 def test_words_and_word_parts_give_known_text_back_exactly(kind):
     tokenizer = make_tokenizer(kind, TEXTS, 4000)
