@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ LINE_END = re.compile(r"\r\n?|[\u2028\u2029\x85]")
 BLANKS = re.compile(r"[^\S\n]+")
 AROUND_LINE_END = re.compile(r" ?\n ?")
 EMPTY_LINES = re.compile(r"\n{3,}")
+ASCII_UNSEEN = bytes(range(0x21)) + b"\x7f"  # blanks and control characters
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,19 @@ def _remove_control(text: str) -> str:
 def _whitespace(text: str) -> str:
     text = BLANKS.sub(" ", LINE_END.sub("\n", text))
     return EMPTY_LINES.sub("\n\n", AROUND_LINE_END.sub("\n", text)).strip()
+
+
+def skeleton(text: str) -> bytes:
+    """What a text is, but for blanks, case, control characters and the way to write a character: no cleaning but ftfy's changes it.
+
+    Casefolding as in Unicode's canonical caseless matching (The Unicode Standard, section 3.13, D145).
+    """
+    if text.isascii():
+        return text.encode().lower().translate(None, ASCII_UNSEEN)
+    text = "".join(text.split()).replace("\ufffc", "").replace("\ufffd", "")
+    if not text.isprintable():  # far quicker than the search; of CONTROL only the two above are printable
+        text = CONTROL.sub("", text)
+    return unicodedata.normalize("NFD", unicodedata.normalize("NFD", text).casefold()).encode()
 
 
 class KeySet:

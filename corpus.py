@@ -1,6 +1,5 @@
 """The documents that are to be prepared: sources, their splits and shares, samples of them. Doesn't import torch."""
 
-import functools
 import hashlib
 import heapq
 import itertools
@@ -12,9 +11,10 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
+import xxhash
 
 import sample_corpus
-from cleaning import Cleaning, KeySet
+from cleaning import Cleaning, KeySet, skeleton
 from text_sources import Format, HubSplit, TextFile, find_files, open_dataset
 from token_files import parse_weighted
 from utils import notice
@@ -27,20 +27,16 @@ BYTES_PER_TOKEN = 4  # of an ordinary tokenizer, where only a limit in tokens is
 
 
 def document_key(text: str, seed: int) -> int:
-    """64 bits that identify a document's content, in a way that depends on the seed."""
-    digest = _keyed_hash(seed).copy()
-    digest.update(text.encode())
-    return int.from_bytes(digest.digest(), "big")
+    """64 bits that stand for a document's exact content, in a way that depends on the seed."""
+    return xxhash.xxh3_64_intdigest(text.encode(), seed % 2**64)
 
 
-@functools.cache
-def _keyed_hash(seed: int):
-    return hashlib.blake2b(key=str(seed).encode(), digest_size=8)
+def split_by_hash(text: str, seed: int, val_fraction: float, test_fraction: float) -> str:
+    """The split of a document, from its content and the seed alone: the same wherever, and in whatever order, it is found.
 
-
-def split_by_hash(key: int, val_fraction: float, test_fraction: float) -> str:
-    """The split of a document, from its content and the seed alone: the same wherever, and in whatever order, it is found."""
-    share = key / 2**64
+    The content is its `skeleton`, so that variants of a dataset that differ in cleaning have the same documents in each split.
+    """
+    share = xxhash.xxh3_64_intdigest(skeleton(text), ~seed % 2**64) / 2**64  # not document_key's seed: a text may be its own skeleton
     return "val" if share < val_fraction else "test" if share < val_fraction + test_fraction else "train"
 
 
@@ -65,12 +61,12 @@ class Splitting:
     val_fraction: float
     test_fraction: float
 
-    def parts(self, text: str, key: int) -> Iterator[tuple[str, str]]:
+    def parts(self, text: str) -> Iterator[tuple[str, str]]:
         """(split, text) of a whole document, or of its parts."""
         if self.rule == "position":
             yield from split_by_position(text, self.val_fraction, self.test_fraction)
         else:
-            yield split_by_hash(key, self.val_fraction, self.test_fraction), text
+            yield split_by_hash(text, self.seed, self.val_fraction, self.test_fraction), text
 
 
 # ---------------------------------------------------------------- sources
@@ -188,12 +184,12 @@ class Corpus:
         mixed = [other for other in self.groups if other.split is None]
         return self.limits.share(self.weights, mixed.index(group))
 
-    def _read(self, source: Iterable[str], normalize: Callable[[str], str]) -> Iterator[tuple[str, int]]:
-        """Documents as they are kept, with their keys."""
+    def _read(self, source: Iterable[str], normalize: Callable[[str], str]) -> Iterator[str]:
+        """Documents as they are kept."""
         for text in source:
             text = normalize(self.cleaning.clean(text, Counter()))
             if self.cleaning.reason_to_drop(text) is None:
-                yield text, document_key(text, self.seed)
+                yield text
 
     def training_texts(self, normalize: Callable[[str], str], train_bytes: int) -> Iterator[str]:
         """Training documents for a tokenizer to learn from, about train_bytes: a sample by content of all files, of datasets the beginning.
@@ -206,7 +202,7 @@ class Corpus:
                 yield from self._sample(group, normalize, train_bytes, held_out).texts()
             else:
                 documents = itertools.islice(self._read(group.documents(), normalize), self.limits.documents)
-                held_out.add(np.array([key for _, key in documents], np.uint64))
+                held_out.add(np.array([document_key(text, self.seed) for text in documents], np.uint64))
 
     def _sample(self, group: Group, normalize: Callable[[str], str], train_bytes: int, held_out: KeySet) -> "DocumentSample":
         if self.weights:
@@ -217,10 +213,11 @@ class Corpus:
         documents = size = 0
         for source in group.sources:
             before = size
-            for text, key in self._read(source, normalize):
+            for text in self._read(source, normalize):
+                key = document_key(text, self.seed)
                 if len(held_out) and held_out.contains(np.array([key], np.uint64))[0]:
                     continue
-                for part in (part for split, part in group.divide.parts(text, key) if split == "train"):
+                for part in (part for split, part in group.divide.parts(text) if split == "train"):
                     data = part.encode()
                     sample.add(key, data)
                     documents, size = documents + 1, size + len(data)
@@ -233,8 +230,8 @@ class Corpus:
     def held_out_texts(self, normalize: Callable[[str], str], limit: int) -> Iterator[str]:
         """Documents (or parts) that go to val, until they have `limit` characters."""
         for group in self.groups:
-            for text, key in self._read(group.documents(), normalize):
-                parts = [(group.split, text)] if group.split is not None else group.divide.parts(text, key)
+            for text in self._read(group.documents(), normalize):
+                parts = [(group.split, text)] if group.split is not None else group.divide.parts(text)
                 for part in (part for split, part in parts if split == "val"):
                     yield part[:limit]
                     limit -= len(part)
@@ -318,25 +315,24 @@ class DocumentSample:
 
     def __init__(self, limit: int):
         self.limit, self.size = limit, 0
-        self.heap: list[tuple[int, bytes]] = []  # the document with the highest rank on top
-        self.ranks: set[int] = set()
-        self.end = 2**64  # ranks from here on don't fit
+        self.heap: list[tuple[int, bytes]] = []  # the document with the highest key on top
+        self.keys: set[int] = set()
+        self.end = 2**64  # keys from here on don't fit
 
     def add(self, key: int, data: bytes) -> None:
         """Offer a document of this key (document_key) and UTF-8 text; an equal one is taken once. A first one too long is cut."""
-        rank = key * 0x9E3779B97F4A7C15 % 2**64  # the key itself decides on splits already
-        if rank in self.ranks or rank >= self.end:
+        if key in self.keys or key >= self.end:
             return
-        self.ranks.add(rank)
-        heapq.heappush(self.heap, (-rank, data))
+        self.keys.add(key)
+        heapq.heappush(self.heap, (-key, data))
         self.size += len(data)
         while self.size > self.limit and len(self.heap) > 1:
             dropped, text = heapq.heappop(self.heap)
             self.end = -dropped
-            self.ranks.discard(self.end)
+            self.keys.discard(self.end)
             self.size -= len(text)
 
     def texts(self) -> Iterator[str]:
-        """The chosen documents by rank."""
+        """The chosen documents by key."""
         for _, data in sorted(self.heap, reverse=True):
             yield data[: self.limit].decode(errors="ignore")

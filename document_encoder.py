@@ -66,12 +66,11 @@ def encode_batch(recipe: Recipe, tokenizer: TextTokenizer, divide: str | Splitti
         for odd, name in (("\0", "contain NUL"), ("\r", "contain CR")):
             if odd in text:
                 counts[name] += 1
-        key = document_key(text, seed)
-        for name, part in [(divide, text)] if isinstance(divide, str) else divide.parts(text, key):
+        for name, part in [(divide, text)] if isinstance(divide, str) else divide.parts(text):
             document.append(len(keys))
             split.append(SPLITS.index(name))
             parts.append(part)
-        keys.append(key)
+        keys.append(document_key(text, seed))
     sizes = [len(part) if part.isascii() else len(part.encode()) for part in parts]
     ids, tokens = tokenizer.encode_documents(parts)
     whole = (np.array(values, np.int64) for values in (document, split, tokens, sizes))

@@ -60,8 +60,8 @@ class DataDirectoryWriter:
         empty = [split for split in SPLITS if not self.counts[split]["documents"]]
         if empty:
             raise ValueError(
-                f"the {' and '.join(empty)} split would be empty; give more text, or raise --val_fraction and --test_fraction "
-                "(documents are separated by <|endoftext|> or --separator)"
+                f"the {' and '.join(empty)} split would be empty; give more text or a higher limit, or raise --val_fraction and "
+                "--test_fraction (documents are separated by <|endoftext|> or --separator)"
             )
 
     def read(self, split: str, start: int, count: int) -> np.ndarray:

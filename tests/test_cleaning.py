@@ -9,12 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prepare_data
-from cleaning import Cleaning, KeySet
+from cleaning import Cleaning, KeySet, skeleton
 from corpus import DocumentSample, document_key, split_by_hash
 from prepare_data import Arguments
 from tests.runs import documents, write_stories
 from tests.test_prepare import STORIES
 from token_files import DataDirectory
+from tokenizer_kinds import text_normalizer
 from tokenizers_io import EOT
 
 
@@ -54,6 +55,31 @@ def test_cleaning_twice_changes_nothing_more(text):
     cleaning = Cleaning(whitespace=True, remove_control=True)
     once = cleaning.clean(text, Counter())
     assert cleaning.clean(once, Counter()) == once and "\r" not in once and "\x00" not in once and "  " not in once
+
+
+ODD = " \t\r\n\x00\x1c\x85\u00ad\u200b\u2028\u3000\ufeff\ufffc\ufffd\ue000aAIİıßẞςΣǅᾼÅ\u212b\u0301\u0323\u0345가\u1100\u1161"
+
+
+@given(
+    text=st.text(st.sampled_from(ODD) | st.characters(exclude_categories=["Cs", "Cn"]), max_size=60), flags=st.tuples(*[st.booleans()] * 4)
+)
+@settings(max_examples=500, deadline=None)
+def test_no_cleaning_changes_what_decides_on_the_split(text, flags):
+    cleaning, normalizer = Cleaning(whitespace=flags[0], remove_control=flags[1]), text_normalizer(*flags[2:])
+    cleaned = cleaning.clean(text, Counter())
+    assert skeleton(cleaned if normalizer is None else normalizer.normalize_str(cleaned)) == skeleton(text)
+    assert skeleton(text + "x1") != skeleton(text + "x2")
+
+
+def test_variants_by_cleaning_have_the_same_documents_in_each_split(tmp_path):
+    texts = [f"Story  {i}. \u200b{story}\r\nCafe\u0301 " for i, story in enumerate(STORIES)]
+    prepared(tmp_path, texts, "raw")
+    flags = dict.fromkeys(("whitespace", "remove_control", "lowercase", "nfc"), True)
+    meta = prepared(tmp_path, texts, "clean", flags | {"min_chars": 810})
+    for split in ("train", "val", "test"):
+        raw, clean = ([text.split()[1] for text in documents(tmp_path / name, split)] for name in ("raw", "clean"))
+        assert clean and set(clean) < set(raw)
+    assert meta["counts"]["shorter than min_chars"] == len(texts) - len(everything(tmp_path / "clean"))
 
 
 def test_mojibake_is_repaired(tmp_path):
@@ -172,9 +198,9 @@ def test_a_sample_does_not_depend_on_the_order(texts, limit, order):
 
 def test_a_tokenizer_learns_from_train_only(tmp_path):
     texts = STORIES[:150]
-    held = next(text for text in texts if split_by_hash(document_key(text, 1337), 0.05, 0.05) == "val")
+    held = next(text for text in texts if split_by_hash(text, 1337, 0.05, 0.05) == "val")
     marked = [text + " \u2603" if text == held else text for text in texts]
-    split = split_by_hash(document_key(held + " \u2603", 1337), 0.05, 0.05)
+    split = split_by_hash(held + " \u2603", 1337, 0.05, 0.05)
     prepared(tmp_path, marked, tokenizer="char")
     assert ("\u2603" in DataDirectory(tmp_path / "d").tokenizer.tokenizer.get_vocab()) == (split == "train")
 
@@ -183,7 +209,7 @@ def test_a_tokenizer_learns_from_train_only(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [1, 2, 8])
-@pytest.mark.parametrize(("limit", "n"), [("max_documents", 120), ("max_bytes", 20_011), ("max_tokens", 30_007)])
+@pytest.mark.parametrize(("limit", "n"), [("max_documents", 120), ("max_bytes", 60_011), ("max_tokens", 70_007)])
 def test_limits_are_exact_for_any_number_of_workers(tmp_path, monkeypatch, limit, n, workers):
     monkeypatch.setattr("document_encoder.BATCH_CHARACTERS", 5000)
     texts = [text.replace("a", "é") for text in STORIES]
@@ -191,7 +217,7 @@ def test_limits_are_exact_for_any_number_of_workers(tmp_path, monkeypatch, limit
     train = meta["splits"]["train"]
     assert n - 3 <= train[limit.removeprefix("max_")] <= n
     found = documents(tmp_path / f"w{workers}", "train")
-    whole = [text for text in texts if split_by_hash(document_key(text, 1337), 0.05, 0.05) == "train"][: len(found)]
+    whole = [text for text in texts if split_by_hash(text, 1337, 0.05, 0.05) == "train"][: len(found)]
     assert found[:-1] == whole[:-1] and whole[-1].startswith(found[-1]) and "\ufffd" not in found[-1]
     assert train["bytes"] == sum(len(text.encode()) for text in found) and train["documents"] == len(found)
     assert meta["counts"] == ({} if limit == "max_documents" else {"cut off at the limit": 1})

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sample_corpus
-from corpus import document_key, split_by_hash, split_by_position
+from corpus import split_by_hash, split_by_position
 from tests.runs import documents, write_stories
 from text_sources import Format, TextFile
 from token_files import DataDirectory
@@ -91,7 +91,7 @@ def test_position_split_loses_only_blank_ends(text, val, test):
 
 
 def test_hash_split_keeps_its_shares():
-    splits = [split_by_hash(document_key(f"document {i}", 1), 0.05, 0.1) for i in range(20_000)]
+    splits = [split_by_hash(f"document {i}", 1, 0.05, 0.1) for i in range(20_000)]
     assert splits.count("val") / 20_000 == pytest.approx(0.05, abs=0.008) and splits.count("test") / 20_000 == pytest.approx(0.1, abs=0.01)
 
 
