@@ -109,12 +109,10 @@ def scripts(texts: list[str]) -> dict[str, float]:
     """Share of each Unicode script among the letters and other characters that belong to one, the most frequent first."""
     from fontTools import unicodedata  # comes with matplotlib
 
-    characters: Counter = Counter()
-    for text in texts:
-        characters.update(text)
+    points = np.bincount(np.frombuffer("".join(texts).encode("utf-32-le"), "<u4"))
     found: Counter = Counter()
-    for character, count in characters.items():
-        found[unicodedata.script_name(unicodedata.script(character))] += count
+    for point in np.flatnonzero(points).tolist():
+        found[unicodedata.script_name(unicodedata.script(chr(point)))] += int(points[point])
     for shared in ("Common", "Inherited", "Unknown"):
         found.pop(shared, None)
     return {name.replace("_", " "): count / found.total() for name, count in found.most_common(12)}
@@ -126,9 +124,8 @@ def overlap(train: Words, val: Words) -> dict:
     for n in NGRAMS:
         (ours, _), (theirs, document) = train.ngrams(n), val.ngrams(n)
         wanted, which = np.unique(theirs, return_inverse=True)
-        found = np.zeros(len(wanted) + 1, bool)
-        at = np.searchsorted(wanted, ours)
-        found[at[wanted[np.minimum(at, len(wanted) - 1)] == ours] if len(wanted) else []] = True
+        ours = np.sort(ours)
+        found = np.searchsorted(ours, wanted, "right") > np.searchsorted(ours, wanted, "left")
         shared = found[which]
         documents = len(np.unique(document))
         result[str(n)] = {
