@@ -24,6 +24,11 @@ PIECE = 2**20  # characters; longer texts are encoded in pieces, so that memory 
 # where a text may be cut without changing its ids: none of our pre-tokenizers looks back across, or joins, a word and the space behind it
 CUT = re.compile(r"(?<=\S)[ \n]")
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+# the same cuts where no three blanks stand in a row before something else, without looking ahead or back: an automaton, twice as fast
+QUICK_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+$|\s"
+WIDE_BLANKS = "\x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000"
+THREE_BLANKS = re.compile(f"[\t-\r {WIDE_BLANKS}]{{3}}")
+BLANKS_AS_SPACES = bytes.maketrans(b"\t\n\v\f\r", b"     ")
 
 
 @functools.lru_cache(maxsize=1)
@@ -35,6 +40,13 @@ def byte_characters() -> list[str]:
         table[byte] = chr(byte) if byte in printable else chr(256 + extra)
         extra += byte not in printable
     return table
+
+
+def has_few_blanks(text: str) -> bool:
+    """Whether no three blanks (Unicode's White_Space) stand in a row."""
+    if not text.isascii() and any(blank in text for blank in WIDE_BLANKS):
+        return THREE_BLANKS.search(text) is None
+    return b"   " not in text.encode().translate(BLANKS_AS_SPACES)
 
 
 class TextTokenizer:
@@ -131,13 +143,21 @@ class TextTokenizer:
             return None
         if model.get("continuing_subword_prefix") or self._bytes is None:
             return None
-        special = {added["content"]: added["id"] for added in self.description["added_tokens"]}
+        special = {added["content"] for added in self.description["added_tokens"]}
         vocab = {token: i for token, i in model["vocab"].items() if token not in special}
         merged = [vocab.get("".join(pair if isinstance(pair, list) else pair.split(" "))) for pair in model["merges"]]
         if None in merged or any(a >= b for a, b in zip(merged, merged[1:])):
             return None  # tiktoken merges in the order of ids
-        ranks = {token: i for i, token in self._bytes.items()}
-        return tiktoken.Encoding("twin", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special)
+        return self._make_twin(GPT2_PATTERN)
+
+    @functools.cached_property
+    def quick_twin(self) -> tiktoken.Encoding | None:
+        """The twin for texts in which `has_few_blanks`."""
+        return None if self.twin is None else self._make_twin(QUICK_PATTERN)
+
+    def _make_twin(self, pattern: str) -> tiktoken.Encoding:
+        special = {added["content"]: added["id"] for added in self.description["added_tokens"]}
+        return tiktoken.Encoding("twin", pat_str=pattern, mergeable_ranks={t: i for i, t in self._bytes.items()}, special_tokens=special)
 
     @functools.cached_property
     def _bytes(self) -> dict[int, bytes] | None:
@@ -178,8 +198,9 @@ class TextTokenizer:
         if self.ids_are_bytes:
             return np.frombuffer(text.encode(), np.uint8).astype(np.uint16)
         if self.twin is not None:
+            twin = self.quick_twin if has_few_blanks(text) else self.twin
             with _without_panic():
-                return self.twin.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
+                return twin.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
         return np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, np.uint16)
 
     def encode(self, text: str) -> list[int]:
@@ -191,15 +212,25 @@ class TextTokenizer:
 
         The ids are those of `encode`; many short documents take one call of tiktoken.
         """
-        if self.twin is not None and not self.ids_are_bytes and sum(map(len, texts)) <= 2 * PIECE:
-            joined = EOT.join([*texts, ""])
-            if joined.count(EOT) == len(texts):  # no document contains the literal itself
-                with _without_panic():
-                    ids = self.twin.encode_to_numpy(joined, allowed_special={EOT}, disallowed_special=()).astype(np.uint16)
-                    return ids, np.diff(np.flatnonzero(ids == self.eot_id), prepend=-1)
+        if self.twin is not None and not self.ids_are_bytes and sum(map(len, texts)) <= 2 * PIECE and not any(EOT in t for t in texts):
+            quick = np.array([has_few_blanks(text) for text in texts], bool)
+            with _without_panic():
+                if quick.all():
+                    return self._encode_joined(self.quick_twin, texts)
+                parts: list[np.ndarray] = [np.empty(0, np.uint16)] * len(texts)
+                for twin, which in ((self.quick_twin, np.flatnonzero(quick)), (self.twin, np.flatnonzero(~quick))):
+                    ids, sizes = self._encode_joined(twin, [texts[i] for i in which])
+                    for i, part in zip(which, np.split(ids, np.cumsum(sizes)[:-1])):
+                        parts[i] = part
+                return np.concatenate(parts), np.array([len(part) for part in parts], np.int64)
         end = np.array([self.eot_id], np.uint16)
         parts = [np.concatenate([*map(self._encode_piece, self._pieces(text)), end]) for text in texts]
         return np.concatenate([np.empty(0, np.uint16), *parts]), np.array([len(part) for part in parts], np.int64)
+
+    def _encode_joined(self, twin: tiktoken.Encoding, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """As encode_documents, in one call of tiktoken. No text contains the EOT literally."""
+        ids = twin.encode_to_numpy(EOT.join([*texts, ""]), allowed_special={EOT}, disallowed_special=()).astype(np.uint16)
+        return ids, np.diff(np.flatnonzero(ids == self.eot_id), prepend=-1)
 
     def encode_padded(self, texts: list[str], max_length: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Texts as rows of equal length, for those who batch text themselves: ids (N, T) int64 and mask (N, T) bool, False on padding.

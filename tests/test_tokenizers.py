@@ -1,6 +1,7 @@
 """Tokenizers: identical to tiktoken and tokenizers, lossless where they say so, never leaking the end-of-text id."""
 
 import json
+import random
 import re
 import sys
 import unicodedata
@@ -24,13 +25,14 @@ BPE = train_bpe(TEXTS, 600)
 BYTE = byte_tokenizer()
 TRAINED = {kind: make_tokenizer(kind, TEXTS, 600) for kind in KINDS if kind != "gpt2"}
 LOWER = {kind: make_tokenizer(kind, TEXTS, 600, lowercase=True, nfc=True) for kind in KINDS if kind != "gpt2"}
+BLANKS = st.text(st.sampled_from(" \n\t\r\u00a0\u3000\u2003\x1c\x85a1!'"), max_size=40)
 ODD = ["", " ", "\n\n  \t", "naïve café 北京 🙂", "a" * 300, "\x00\x01", EOT, f"a{EOT}b", "don't we'll I'VE", "\u200d\u0301 x", "\r\n"]
 ODD += ["## Title ### a##b #", "<|unk|><|pad|>", "\u1e9b\u0323 ſ İ ΑΣ Å"]
 
 
 @pytest.mark.parametrize("tokenizer", [BPE, BYTE], ids=["bpe", "byte"])
-@given(text=st.text(max_size=200))
-@settings(max_examples=150, deadline=None)
+@given(text=st.text(max_size=200) | BLANKS)
+@settings(max_examples=300, deadline=None)
 def test_byte_level_kinds_are_lossless_and_equal_tokenizers(tokenizer, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
@@ -50,8 +52,26 @@ def test_odd_texts(kind, text):
     assert tokenizer.unknown_id is None or kind in ("word", "char", "wordpiece")
 
 
+def test_runs_of_blanks_are_cut_as_tokenizers_cuts_them():
+    """With a vocabulary that has tokens for such runs; most texts take the quick pattern, those with long runs the exact one."""
+    tokenizer = train_bpe(["".join(random.Random(i).choices(" \n\t\u00a0\u3000\x1c\x85a1!'", k=60)) for i in range(400)], 800)
+    seen = set()
+
+    @given(texts=st.lists(BLANKS, min_size=1, max_size=4))
+    @settings(max_examples=500, deadline=None)
+    def check(texts):
+        seen.update(map(tokenizers_io.has_few_blanks, texts))
+        expected = [[*tokenizer.tokenizer.encode(text, add_special_tokens=False).ids, tokenizer.eot_id] for text in texts]
+        assert [[*tokenizer.encode(text), tokenizer.eot_id] for text in texts] == expected
+        ids, sizes = tokenizer.encode_documents(texts)
+        assert ids.tolist() == [i for part in expected for i in part] and sizes.tolist() == [len(part) for part in expected]
+
+    check()
+    assert seen == {True, False} and any(len(token) > 2 for token in tokenizer.twin._mergeable_ranks if not token.strip())
+
+
 @pytest.mark.parametrize("kind", TRAINED)
-@given(texts=st.lists(st.one_of(st.text(max_size=60), st.sampled_from(ODD + TEXTS)), max_size=6), piece=st.integers(1, 300))
+@given(texts=st.lists(st.text(max_size=60) | BLANKS | st.sampled_from(ODD + TEXTS), max_size=6), piece=st.integers(1, 300))
 @settings(max_examples=60, deadline=None)
 def test_documents_at_once_and_in_pieces_have_the_ids_of_one_by_one(kind, texts, piece):
     tokenizer, before = TRAINED[kind], tokenizers_io.PIECE
@@ -220,6 +240,7 @@ def test_gpt2_equals_tiktoken_on_real_languages(real_data):
     for text in texts:
         ids = theirs.encode_ordinary(text)
         assert ours.encode(text) == ids and ours.decode(ids) == text
+        assert ours.encode(" ".join(text.split())) == theirs.encode_ordinary(" ".join(text.split()))  # no runs of blanks: another pattern
         assert ours.tokenizer.encode(text[:2000], add_special_tokens=False).ids == theirs.encode_ordinary(text[:2000])
     ids, counts = ours.encode_documents(texts)
     assert ids.tolist() == [i for text in texts for i in (*theirs.encode_ordinary(text), 50256)] and len(counts) == len(texts)
