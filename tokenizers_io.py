@@ -164,9 +164,11 @@ class TextTokenizer:
         """What each id of a byte-level vocabulary stands for, special tokens left out; None for other tokenizers."""
         if not self.byte_level or any(not added["special"] for added in self.description["added_tokens"]):
             return None
-        byte_of = {character: byte for byte, character in enumerate(byte_characters())}
-        vocab = self.description["model"]["vocab"].items()
-        return {i: bytes(byte_of[character] for character in token) for token, i in vocab if i not in self.special_ids}
+        tokens = {i: token for token, i in self.description["model"]["vocab"].items() if i not in self.special_ids}
+        if not set("".join(tokens.values())) <= set(byte_characters()):
+            return None
+        byte_of = str.maketrans("".join(byte_characters()), bytes(range(256)).decode("latin-1"))
+        return {i: token.translate(byte_of).encode("latin-1") for i, token in tokens.items()}
 
     def warm_up(self) -> None:
         """Build now what encoding needs, so that forked processes find it."""
@@ -220,8 +222,8 @@ class TextTokenizer:
                 parts: list[np.ndarray] = [np.empty(0, np.uint16)] * len(texts)
                 for twin, which in ((self.quick_twin, np.flatnonzero(quick)), (self.twin, np.flatnonzero(~quick))):
                     ids, sizes = self._encode_joined(twin, [texts[i] for i in which])
-                    for i, part in zip(which, np.split(ids, np.cumsum(sizes)[:-1])):
-                        parts[i] = part
+                    for i, size, end in zip(which.tolist(), sizes.tolist(), np.cumsum(sizes).tolist()):
+                        parts[i] = ids[end - size : end]
                 return np.concatenate(parts), np.array([len(part) for part in parts], np.int64)
         end = np.array([self.eot_id], np.uint16)
         parts = [np.concatenate([*map(self._encode_piece, self._pieces(text)), end]) for text in texts]

@@ -129,6 +129,15 @@ def test_the_twin_is_used_and_survives_what_tiktoken_does_not(monkeypatch):
     assert counts.tolist() == [len(BPE.encode(text)) + 1, 2] and BPE.decode(ids.tolist()) == text + "y"
 
 
+def test_no_twin_for_a_vocabulary_with_more_than_bytes():
+    description = json.loads(BPE.json)
+    description["model"]["vocab"]["北 "] = BPE.vocab_size
+    changed = TextTokenizer(json.dumps(description))
+    assert changed.twin is None and changed.encode(TEXTS[0]) == BPE.encode(TEXTS[0])
+    ids = [5, BPE.vocab_size, 6]
+    assert changed.decode(ids) == changed.tokenizer.decode(ids)
+
+
 def test_no_twin_where_merge_order_and_ids_disagree():
     description = json.loads(BPE.json)
     vocab, merges = description["model"]["vocab"], description["model"]["merges"]
