@@ -53,9 +53,14 @@ class Words:
     """Sampled texts as word numbers: ids (n,) int64 of the words, document (n,) int64 of the text that each stands in."""
 
     def __init__(self, texts: list[str], numbers: dict[str, int]):
-        found = [WORD.findall(text) for text in texts]
-        self.ids = np.array([numbers.setdefault(word, len(numbers)) for words in found for word in words], np.int64)
-        self.document = np.repeat(np.arange(len(found)), [len(words) for words in found])
+        ids: list[int] = []
+        sizes: list[int] = []
+        for text in texts:
+            words = WORD.findall(text)
+            ids += [numbers.setdefault(word, len(numbers)) for word in words]
+            sizes.append(len(words))
+        self.ids = np.array(ids, np.int64)
+        self.document = np.repeat(np.arange(len(sizes)), sizes)
 
     def ngrams(self, n: int) -> tuple[np.ndarray, np.ndarray]:
         """Hashes (m,) uint64 of all runs of n words within a document, and the document of each."""
