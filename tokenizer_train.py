@@ -65,7 +65,7 @@ class Arguments:
 
 
 def readable(tokenizer: TextTokenizer, token_id: int) -> str:
-    """A token as people can read it, in quotes; part of a character as its bytes, e.g. <C3>."""
+    """A token as people can read it, in quotes; with part of a character as its bytes, e.g. <C3>."""
     token = tokenizer.tokenizer.id_to_token(token_id) or ""
     byte_of = {character: byte for byte, character in enumerate(byte_characters())}
     of_bytes = token_id not in tokenizer.special_ids and "ByteLevel" in str(tokenizer.description["decoder"])
@@ -74,7 +74,7 @@ def readable(tokenizer: TextTokenizer, token_id: int) -> str:
         try:
             return repr(data.decode())
         except UnicodeDecodeError:
-            return "".join(f"<{byte:02X}>" for byte in data)
+            return "".join(chr(byte) if 0x20 <= byte < 0x7F else f"<{byte:02X}>" for byte in data)
     return repr(token)
 
 
@@ -107,7 +107,7 @@ def report(tokenizer: TextTokenizer, held_out: list[str], training: list[str]) -
         if unknown:
             notice(f"warning: {unknown:.2%} of the held-out tokens are unknown to it; bpe and byte know every text")
     ordinary = [i for i in range(tokenizer.vocab_size) if i not in tokenizer.special_ids]
-    longest = sorted(ordinary, key=lambda i: (-len(readable(tokenizer, i)), i))[:8]
+    longest = sorted(ordinary, key=lambda i: (-len(tokenizer.tokenizer.id_to_token(i) or ""), i))[:8]
     print(f"  longest tokens: {', '.join(readable(tokenizer, i) for i in longest)}")
     used = np.zeros(tokenizer.vocab_size, bool)
     for text in training:
