@@ -20,6 +20,7 @@ LINE_END = re.compile(r"\r\n?|[\u2028\u2029\x85]")
 BLANKS = re.compile(r"[^\S\n]+")
 AROUND_LINE_END = re.compile(r" ?\n ?")
 EMPTY_LINES = re.compile(r"\n{3,}")
+SLICE = 2**20  # characters; of a long text so much at a time, so that memory stays bounded
 ASCII_UNSEEN = bytes(range(0x21)) + b"\x7f"  # blanks and control characters
 
 
@@ -96,6 +97,8 @@ def skeleton(text: str) -> bytes:
 
     Casefolding as in Unicode's canonical caseless matching (The Unicode Standard, section 3.13, D145).
     """
+    if len(text) > SLICE:
+        return b"".join(skeleton(text[start : start + SLICE]) for start in range(0, len(text), SLICE))
     if text.isascii():
         return text.encode().lower().translate(None, ASCII_UNSEEN)
     text = "".join(text.split()).replace("\ufffc", "").replace("\ufffd", "")
