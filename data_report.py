@@ -246,11 +246,12 @@ def draw(report: dict, file: BinaryIO, title: str) -> None:
         ylabel="times found",
     )
 
-    shares = {_shorten(entry["opening"]): entry["share"] for entry in report["openings"]}
+    shares = [(_shorten(entry["opening"]), entry["share"]) for entry in report["openings"]]
     _bars(panels["openings"], shares, "most frequent openings, share of documents", colors["train"], fonts)
-    _bars(panels["scripts"], report["scripts"], "letters by Unicode script", colors["train"], fonts)
-    shared = {f"runs of {n} words": values["shared"] for n, values in report["val_in_train"].items()}
-    shared |= {f"documents\nwith a run of {n}": values["documents_with_shared"] for n, values in report["val_in_train"].items()}
+    _bars(panels["scripts"], list(report["scripts"].items()), "letters by Unicode script", colors["train"], fonts)
+    overlaps = report["val_in_train"].items()
+    shared = [(f"runs of {n} words", values["shared"]) for n, values in overlaps]
+    shared += [(f"documents\nwith a run of {n}", values["documents_with_shared"]) for n, values in overlaps]
     of = "train" if report["sample"]["train"]["all"] else "sampled train"
     _bars(panels["overlap"], shared, f"of val, also in {of}", colors["val"], fonts)
     figure.suptitle(title, fontsize=14, parse_math=False)
@@ -259,10 +260,12 @@ def draw(report: dict, file: BinaryIO, title: str) -> None:
         figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
 
 
-def _bars(panel, shares: dict[str, float], title: str, color: str, fonts: list[str]) -> None:
-    bars = panel.barh(range(len(shares)), list(shares.values()), color=color, alpha=0.85)
-    panel.set_yticks(range(len(shares)), list(shares), fontfamily=fonts, fontsize=9, parse_math=False)
-    panel.bar_label(bars, [f"{share:.2%}" if share < 0.1 else f"{share:.1%}" for share in shares.values()], padding=3, fontsize=9)
-    panel.set_ylim(max(4, len(shares)) - 0.5, -0.5)
-    panel.set(title=title, xticks=[], xlim=(0, 1.18 * max(shares.values(), default=1) or 1))
+def _bars(panel, bars: list[tuple[str, float]], title: str, color: str, fonts: list[str]) -> None:
+    """Shares with their labels, of which several may be equal once shortened."""
+    labels, shares = ([bar[i] for bar in bars] for i in range(2))
+    drawn = panel.barh(range(len(bars)), shares, color=color, alpha=0.85)
+    panel.set_yticks(range(len(bars)), labels, fontfamily=fonts, fontsize=9, parse_math=False)
+    panel.bar_label(drawn, [f"{share:.2%}" if share < 0.1 else f"{share:.1%}" for share in shares], padding=3, fontsize=9)
+    panel.set_ylim(max(4, len(bars)) - 0.5, -0.5)
+    panel.set(title=title, xticks=[], xlim=(0, 1.18 * max(shares, default=1) or 1))
     panel.spines[["top", "right", "bottom"]].set_visible(False)

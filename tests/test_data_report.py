@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.axes import Axes
 
 import data_report
 from data_report import WORD, Words, describe, draw, openings, overlap, scripts, variety
@@ -100,6 +101,15 @@ def test_every_text_has_a_picture(texts):
     for picture in pictures:
         draw(report, picture, "a $title$")
     assert pictures[0].getvalue() == pictures[1].getvalue() and pictures[0].getvalue().startswith(b"\x89PNG")
+
+
+def test_openings_that_look_alike_once_shortened_have_a_bar_each(monkeypatch):
+    drawn, barh = [], Axes.barh
+    monkeypatch.setattr(Axes, "barh", lambda panel, y, width, **options: drawn.append(width) or barh(panel, y, width, **options))
+    texts = [f"{'long' * 10} opening number {i}" for i in range(10)]
+    report = report_of({"train": texts, "val": texts, "test": texts})
+    draw(report, io.BytesIO(), "alike")
+    assert drawn[0] == [0.1] * 10
 
 
 def test_a_large_corpus_is_sampled_and_says_so(monkeypatch):
