@@ -30,7 +30,7 @@ with needs_packages():
     from document_encoder import DocumentEncoder, Encoded, Recipe
     from text_sources import Format
     from token_files import FLOOR, PICTURE, REPORT, SPLITS, DataDirectoryWriter
-    from tokenizer_kinds import TRAINED, make_tokenizer, text_normalizer
+    from tokenizer_kinds import TRAINED, make_tokenizer, text_normalization
     from tokenizers_io import EOT, KINDS, TextTokenizer, load_tokenizer
 
 SAMPLE_VOCAB_SIZE = 1500
@@ -245,8 +245,7 @@ def choose_tokenizer(args: Arguments, corpus: Corpus | SampleCorpus) -> TextToke
     if args.kind not in TRAINED and (args.vocab_size or args.train_bytes):
         notice(f"--vocab_size and --train_bytes have no effect with the {args.kind} tokenizer")
     cleaning, asked = args.cleaning, recorded(args)["made_with"]["vocab_size"]
-    normalizer = text_normalizer(cleaning.lowercase, cleaning.nfc)
-    normalize = make_tokenizer("byte", (), 0, cleaning.lowercase, cleaning.nfc).normalize if normalizer is not None else str
+    normalize = text_normalization(cleaning.lowercase, cleaning.nfc)
     limit = args.train_bytes or (SAMPLE_TRAIN_BYTES if args.sample else TRAIN_BYTES)
     tokenizer = make_tokenizer(args.kind, corpus.training_texts(normalize, limit), asked, cleaning.lowercase, cleaning.nfc)
     if asked is not None and tokenizer.vocab_size < asked:

@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from tiktoken.load import read_file_cached
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -146,6 +146,12 @@ def text_normalizer(lowercase: bool, nfc: bool) -> normalizers.Normalizer | None
     """What is done to every text, at preparation and at prompts; it becomes part of the tokenizer file."""
     parts = [normalizers.Lowercase()] * lowercase + [normalizers.NFC()] * nfc  # in this order the result is in NFC
     return normalizers.Sequence(parts) if len(parts) > 1 else parts[0] if parts else None
+
+
+def text_normalization(lowercase: bool, nfc: bool) -> Callable[[str], str]:
+    """`text_normalizer` as a function of a text."""
+    normalizer = text_normalizer(lowercase, nfc)
+    return str if normalizer is None else normalizer.normalize_str
 
 
 def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int, lowercase: bool = False, nfc: bool = False) -> TextTokenizer:

@@ -18,7 +18,7 @@ with needs_packages():
     from cleaning import Cleaning
     from corpus import Corpus, Limits, Splitting
     from text_sources import Format
-    from tokenizer_kinds import TRAINED, gpt2_tokenizer, make_tokenizer, text_normalizer
+    from tokenizer_kinds import TRAINED, gpt2_tokenizer, make_tokenizer, text_normalization
     from tokenizers_io import EOT, TextTokenizer, byte_characters
 
 HELD_OUT = 0.05  # share of the documents that the tokenizer doesn't see
@@ -131,8 +131,7 @@ def main(argv: list[str] | None = None) -> int:
         Cleaning(),
         Limits(),
     )
-    normalizer = text_normalizer(args.lowercase, args.nfc)
-    normalize = str if normalizer is None else normalizer.normalize_str
+    normalize = text_normalization(args.lowercase, args.nfc)
     texts = corpus.training_texts(normalize, args.train_bytes)
     first: list[str] = []  # kept for the report
     kept = 0

@@ -83,7 +83,6 @@ def test_variants_by_cleaning_have_the_same_documents_in_each_split(tmp_path):
 
 
 def test_mojibake_is_repaired(tmp_path):
-    pytest.importorskip("ftfy")
     broken = "cafÃ© and naÃ¯ve"
     assert Cleaning(fix_mojibake=True).clean(broken, Counter()) == "café and naïve"
     meta = prepared(tmp_path, [*STORIES[:120], broken], clean={"fix_mojibake": True})
