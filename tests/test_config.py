@@ -10,6 +10,11 @@ from config import PRESETS, GPTConfig, ModelConfig, TrainConfig
 from tests.conftest import ROOT, tiny
 
 
+def copy_project(directory) -> None:
+    """The scripts with their rooms, as a clone has them, without tests, data and runs."""
+    shutil.copytree(ROOT, directory, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*", "tests", "checkpoints", "runs", "*.bin"))
+
+
 def test_every_problem_is_reported_at_once():
     with pytest.raises(ValueError) as caught:
         GPTConfig(n_embd=100, n_head=6, dropout=1.5, vocab_size=0)
@@ -61,8 +66,7 @@ def test_presets_are_valid_with_their_training_values():
 
 @pytest.mark.parametrize("line", ["model_config = ModelConfig.small(n_head=7)", "train_config = TrainConfig(dropout=0.1)"])
 def test_a_mistake_in_config_is_one_sentence(tmp_path, script, line):
-    for file in ROOT.glob("*.py"):
-        shutil.copy(file, tmp_path)
+    copy_project(tmp_path)
     with open(tmp_path / "config.py", "a") as file:
         file.write(line + "\n")
     assert "error: config.py: " in script(tmp_path / "train.py", cwd=tmp_path, code=2).stderr
@@ -70,8 +74,7 @@ def test_a_mistake_in_config_is_one_sentence(tmp_path, script, line):
 
 def test_edits_of_config_reach_the_saved_run_and_flags_and_presets_override_them(tmp_path, sample_dir, script):
     """A copy of the project with another config.py, run as a user would."""
-    for file in ROOT.glob("*.py"):
-        shutil.copy(file, tmp_path)
+    copy_project(tmp_path)
     config = tmp_path / "config.py"
     text = config.read_text()
     edited = text.replace("model_config = ModelConfig.small()", "model_config = ModelConfig(block_size=16, n_layer=1, n_head=2, n_embd=16)")

@@ -12,12 +12,40 @@ import pytest
 import utils
 from tests.conftest import ROOT
 
-SOURCES = sorted(ROOT.glob("*.py"))
+IGNORED = {"tests", "data", "checkpoints", "runs"} | {path.name for path in ROOT.iterdir() if path.name.startswith(".")}
+SOURCES = sorted(path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] not in IGNORED)
 SCRIPTS = {"prepare_data", "tokenizer_train", "train", "evaluate", "compare", "export_model", "generate", "benchmark"}
-# A module imports only from those before it; a script, besides, another script whose stage it runs whole.
+WHOLE_STAGES = {"prepare_data", "export_model"}  # what another script may run whole
+# What a module may import: its own room, the rooms before it, and utils. Rooms that share a line never import each other.
+ROOMS = [["config"], ["models"], ["formats"], ["generation"], ["evaluation"], ["preparation", "training", "export"], ["benchmarks"]]
+# modules that have no room yet: each imports only from those before it
 ORDER = ["config", "utils", "models", "twins", "optimizers", "sample_corpus", "text_sources", "tokenizers_io", "tokenizer_kinds"]
 ORDER += ["token_files", "prepare_peers", "cleaning", "corpus", "document_encoder", "data_report", "run_log", "checkpoints_io"]
 ORDER += ["measures", "estimates", "parallel", "batches", "trainer", "starting_point"]
+
+
+def module_name(path: Path) -> str:
+    """formats/tokenizer.py -> formats.tokenizer"""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+MODULES = {module_name(path): path for path in SOURCES}
+
+
+def imports(path: Path) -> set[str]:
+    """The modules of this repository that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found & MODULES.keys()
+
+
+def level(name: str) -> int:
+    """How high a module stands: the place of its room, above all of them the scripts."""
+    return next((i for i, rooms in enumerate(ROOMS) if name.split(".")[0] in rooms), len(ROOMS))
 
 
 def calls(tree: ast.AST):
@@ -28,7 +56,7 @@ def calls(tree: ast.AST):
             yield owner, name, {keyword.arg: keyword.value for keyword in node.keywords}
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
 def test_no_code_from_data(path):
     tree = ast.parse(path.read_text())
     for owner, name, keywords in calls(tree):
@@ -39,20 +67,34 @@ def test_no_code_from_data(path):
     assert not imported & {"pickle", "cPickle", "dill", "marshal", "shelve"}
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
 def test_imports_go_down_only(path):
-    ours = {source.stem for source in SOURCES}
-    imported = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            imported |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            imported.add(node.module)
-    imported &= ours
-    if path.stem in SCRIPTS:
-        assert imported & SCRIPTS <= {"prepare_data", "export_model"}
+    name = module_name(path)
+    imported = imports(path) - {"utils"}
+    if name in SCRIPTS:
+        assert imported & SCRIPTS <= WHOLE_STAGES
+    elif name in ORDER:
+        assert imported <= set(ORDER[: ORDER.index(name)])
+    elif name == "utils":
+        assert not imported
     else:
-        assert imported <= set(ORDER[: ORDER.index(path.stem)])
+        assert all(other.split(".")[0] == name.split(".")[0] or level(other) < level(name) for other in imported), imported
+
+
+def test_imports_have_no_circles():
+    graph = {name: imports(path) for name, path in MODULES.items()}
+    while free := {name for name, imported in graph.items() if not imported & graph.keys()}:
+        graph = {name: imported for name, imported in graph.items() if name not in free}
+    assert not graph
+
+
+def test_a_room_holds_its_docstring_and_imports_nothing():
+    for path in SOURCES:
+        if path.name == "__init__.py":
+            body = ast.parse(path.read_text()).body
+            assert len(body) == 1 and isinstance(body[0], ast.Expr) and isinstance(body[0].value.value, str), path
+        else:
+            assert path.parent == ROOT or (path.parent / "__init__.py").is_file(), path
 
 
 @pytest.mark.parametrize(
@@ -99,6 +141,6 @@ def test_every_flag_of_the_readme_exists():
 
 def test_the_readme_names_every_file():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert not [path.name for path in SOURCES if f"{path.name}" not in text]
+    assert not [path.name for path in SOURCES if path.name != "__init__.py" and path.name not in text]
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (ROOT / target).exists(), target
