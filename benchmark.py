@@ -35,13 +35,13 @@ with needs_packages():
     import tyro
     from tokenizers import Tokenizer, models
 
-    import sample_corpus
-    from checkpoints_io import load_model
-    from prepare_peers import write_corpus
-    from run_log import read_metrics
-    from text_sources import Format, TextFile
-    from tokenizer_kinds import gpt2_tokenizer
-    from tokenizers_io import EOT
+    from benchmarks.prepare_peers import write_corpus
+    from formats.checkpoint import load_model
+    from formats.metrics import read_metrics
+    from formats.tokenizer import EOT
+    from preparation import sample_corpus
+    from preparation.sources import Format, TextFile
+    from preparation.tokenizer_kinds import gpt2_tokenizer
 
 HERE = Path(__file__).resolve().parent
 PEERS = ("nanogpt",)
@@ -105,7 +105,7 @@ class Finished:
 
 def run(command: list[str], cwd: Path) -> Finished:
     """Run a command to its end. Raises ValueError with the end of its output if it fails."""
-    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cwd / "inductor")}
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cwd / "inductor"), "PYTHONPATH": str(HERE)}
     with tempfile.TemporaryFile("w+") as file:
         process = subprocess.Popen(command, cwd=cwd, stdout=file, stderr=subprocess.STDOUT, env=environment)
         _, status, usage = os.wait4(process.pid, 0)
@@ -251,7 +251,7 @@ def benchmark_prepare(args: Arguments, cwd: Path) -> None:
     for i in range(args.rounds):
         for name, tokenizer in tokenizers.items():
             for way, function in peers.items():
-                done = run([sys.executable, str(HERE / "prepare_peers.py"), function, "corpus.txt", tokenizer], cwd)
+                done = run([sys.executable, "-m", "benchmarks.prepare_peers", function, "corpus.txt", tokenizer], cwd)
                 results[name][way].append(float(done.output.split()[-1]))
             for way, more in ours.items():
                 started = time.perf_counter()

@@ -19,9 +19,9 @@ with needs_packages():
     import tyro
     from tqdm import tqdm
 
-    from checkpoints_io import load_model
-    from measures import score_tokens, why_no_bits_per_byte
-    from token_files import DTYPE, SPLITS, DataDirectory
+    from evaluation.measures import score_tokens, why_no_bits_per_byte
+    from formats.checkpoint import load_model
+    from formats.data_directory import DTYPE, SPLITS, DataDirectory
 
 
 @dataclass(frozen=True)

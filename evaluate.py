@@ -19,12 +19,12 @@ with needs_packages():
     import numpy as np
     from tqdm import tqdm
 
-    from checkpoints_io import load_model
-    from measures import Score, score_tokens, summarize, text_bytes, why_no_bits_per_byte
+    from evaluation.measures import Score, score_tokens, summarize, text_bytes, why_no_bits_per_byte
+    from formats.checkpoint import load_model
+    from formats.data_directory import DTYPE, SPLITS, DataDirectory
+    from formats.tokenizer import EOT, TextTokenizer
     from models import GPT
-    from text_sources import Format, find_files
-    from token_files import DTYPE, SPLITS, DataDirectory
-    from tokenizers_io import EOT, TextTokenizer
+    from preparation.sources import Format, find_files
 
 LEAK_STANDARD_ERRORS = 4
 

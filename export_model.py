@@ -26,10 +26,10 @@ with needs_packages():
     import torch
     from torch import Tensor, nn
 
-    from checkpoints_io import load_model
+    from formats.checkpoint import load_model
+    from formats.huggingface import hf_config, to_hf
+    from formats.tokenizer import EOT, PADDING, UNKNOWN, TextTokenizer
     from models import GPT
-    from tokenizers_io import EOT, PADDING, UNKNOWN, TextTokenizer
-    from twins import hf_config, to_hf
     from utils import fsync_directory
 
 TOLERANCE = 1e-4  # largest difference of a logit that still counts as the same model

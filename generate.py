@@ -19,9 +19,9 @@ with needs_packages():
     import torch
     from tokenizers.decoders import DecodeStream
 
-    from checkpoints_io import load_model
+    from formats.checkpoint import load_model
+    from formats.tokenizer import TextTokenizer
     from models import GPT
-    from tokenizers_io import TextTokenizer
 
 ALIASES = {"model_path": "checkpoint", "max_length": "max_new_tokens"}
 

@@ -24,14 +24,14 @@ with needs_packages():
     import numpy as np
     from tqdm import tqdm
 
-    import data_report
-    from cleaning import Cleaning, KeySet
-    from corpus import Corpus, Group, Limits, SampleCorpus, Splitting
-    from document_encoder import DocumentEncoder, Encoded, Recipe
-    from text_sources import Format
-    from token_files import FLOOR, PICTURE, REPORT, SPLITS, DataDirectoryWriter
-    from tokenizer_kinds import TRAINED, make_tokenizer, text_normalization
-    from tokenizers_io import EOT, KINDS, TextTokenizer, load_tokenizer
+    from formats.data_directory import FLOOR, PICTURE, REPORT, SPLITS, DataDirectoryWriter
+    from formats.tokenizer import EOT, KINDS, TextTokenizer, load_tokenizer
+    from preparation import portrait as data_report
+    from preparation.cleaning import Cleaning, KeySet
+    from preparation.corpus import Corpus, Group, Limits, SampleCorpus, Splitting
+    from preparation.encoding import DocumentEncoder, Encoded, Recipe
+    from preparation.sources import Format
+    from preparation.tokenizer_kinds import TRAINED, make_tokenizer, text_normalization
 
 SAMPLE_VOCAB_SIZE = 1500
 SAMPLE_TRAIN_BYTES = 4_000_000  # enough to see every word of the grammar many times

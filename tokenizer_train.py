@@ -15,11 +15,11 @@ with needs_packages():
 
     import numpy as np
 
-    from cleaning import Cleaning
-    from corpus import Corpus, Limits, Splitting
-    from text_sources import Format
-    from tokenizer_kinds import TRAINED, gpt2_tokenizer, make_tokenizer, text_normalization
-    from tokenizers_io import EOT, TextTokenizer, byte_characters
+    from formats.tokenizer import EOT, TextTokenizer, byte_characters
+    from preparation.cleaning import Cleaning
+    from preparation.corpus import Corpus, Limits, Splitting
+    from preparation.sources import Format
+    from preparation.tokenizer_kinds import TRAINED, gpt2_tokenizer, make_tokenizer, text_normalization
 
 HELD_OUT = 0.05  # share of the documents that the tokenizer doesn't see
 HELD_OUT_CHARACTERS = 1_000_000

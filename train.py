@@ -34,14 +34,16 @@ with needs_packages():
 
     import torch
 
-    import checkpoints_io as ckpt
     import config as settings
     from config import PRESETS, Arch, GPTConfig, TrainConfig
-    from estimates import check_memory, duration, seconds_per_step
+    from formats import checkpoint as ckpt
+    from formats.data_directory import META, DataDirectory, TrainingData, parse_weighted
+    from formats.metrics import METRICS, MetricsLog, plot_losses, write_config
     from models import GPT
-    from parallel import Processes
-    from run_log import METRICS, MetricsLog, plot_losses, write_config
-    from starting_point import (
+    from preparation.tokenizer_kinds import make_tokenizer
+    from training.estimates import check_memory, duration, seconds_per_step
+    from training.processes import Processes
+    from training.start import (
         CHANGEABLE,
         check_tokenizer,
         fit_to_data,
@@ -52,9 +54,7 @@ with needs_packages():
         weights_for,
         with_values,
     )
-    from token_files import META, DataDirectory, TrainingData, parse_weighted
-    from tokenizer_kinds import make_tokenizer
-    from trainer import Run
+    from training.step import Run
 
 FAMILY_FIELDS = {"bias": None, "n_kv_head": None, "rope_theta": None}
 LONG_ON_CPU = 6 * 3600  # seconds

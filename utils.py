@@ -1,7 +1,6 @@
 """What all stages share at run time: the command line, errors, files that are never half-written, signals, device and precision.
 
-The other shared rooms stand beside it: tokenizers_io.py (tokenizers), token_files.py (token files), checkpoints_io.py (checkpoints),
-measures.py (evaluate a split). This module imports torch only inside the functions that need it, so that preparation starts fast.
+This module imports torch only inside the functions that need it, so that preparation starts fast.
 """
 
 import contextlib

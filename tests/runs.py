@@ -7,11 +7,11 @@ import time
 
 import torch
 
-import checkpoints_io as ckpt
-import run_log
+from formats import checkpoint as ckpt
+from formats import metrics as run_log
+from formats.data_directory import DataDirectory
+from formats.tokenizer import EOT
 from tests.conftest import ROOT
-from token_files import DataDirectory
-from tokenizers_io import EOT
 
 TIMING = {"tokens_per_second"}
 

@@ -9,14 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prepare_data
-from cleaning import Cleaning, KeySet, skeleton
-from corpus import DocumentSample, document_key, split_by_hash
+from formats.data_directory import DataDirectory
+from formats.tokenizer import EOT
+from preparation.cleaning import Cleaning, KeySet, skeleton
+from preparation.corpus import DocumentSample, document_key, split_by_hash
+from preparation.tokenizer_kinds import text_normalizer
 from prepare_data import Arguments
 from tests.runs import documents, write_stories
 from tests.test_prepare import STORIES
-from token_files import DataDirectory
-from tokenizer_kinds import text_normalizer
-from tokenizers_io import EOT
 
 
 def prepared(tmp_path, texts, name="d", clean=None, **arguments) -> dict:
@@ -90,7 +90,7 @@ def test_mojibake_is_repaired(tmp_path):
 
 
 def test_without_ftfy_there_is_a_sentence(monkeypatch):
-    monkeypatch.setattr("cleaning.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("preparation.cleaning.importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install ftfy"):
         Cleaning(fix_mojibake=True)
 
@@ -210,7 +210,7 @@ def test_a_tokenizer_learns_from_train_only(tmp_path):
 @pytest.mark.parametrize("workers", [1, 2, 8])
 @pytest.mark.parametrize(("limit", "n"), [("max_documents", 120), ("max_bytes", 60_011), ("max_tokens", 70_007)])
 def test_limits_are_exact_for_any_number_of_workers(tmp_path, monkeypatch, limit, n, workers):
-    monkeypatch.setattr("document_encoder.BATCH_CHARACTERS", 5000)
+    monkeypatch.setattr("preparation.encoding.BATCH_CHARACTERS", 5000)
     texts = [text.replace("a", "é") for text in STORIES]
     meta = prepared(tmp_path, texts, f"w{workers}", **{limit: n}, num_workers=workers)
     train = meta["splits"]["train"]
@@ -230,7 +230,7 @@ def test_limits_are_exact_for_any_number_of_workers(tmp_path, monkeypatch, limit
 @pytest.mark.parametrize("limit", [{"max_documents": 90}, {"max_tokens": 40_000}])
 def test_what_lies_behind_a_limit_changes_nothing(tmp_path, monkeypatch, limit):
     """Neither documents that were read ahead, nor equal ones among them, nor bytes that are not UTF-8."""
-    monkeypatch.setattr("document_encoder.BATCH_CHARACTERS", 9000)
+    monkeypatch.setattr("preparation.encoding.BATCH_CHARACTERS", 9000)
     results = []
     for i, workers in enumerate((1, 2, 3)):
         write_stories(tmp_path / "a.txt", STORIES)

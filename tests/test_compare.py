@@ -32,8 +32,8 @@ def test_the_better_run_comes_first(trained_run, worse_run, sample_dir, script, 
 
 
 def test_the_figures_are_those_of_evaluate(trained_run, sample_dir):
-    from checkpoints_io import load_model
     from evaluate import Arguments
+    from formats.checkpoint import load_model
 
     texts = read_documents(str(sample_dir), "test", None)
     bits = document_bits(str(trained_run), texts, "cpu", 8)

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.axes import Axes
 
-import data_report
-from data_report import WORD, Words, describe, draw, openings, overlap, scripts, variety
+from preparation import portrait as data_report
+from preparation.portrait import WORD, Words, describe, draw, openings, overlap, scripts, variety
+from preparation.tokenizer_kinds import byte_tokenizer
 from prepare_data import Arguments, prepare
 from tests.runs import write_stories
 from tests.test_prepare import STORIES
-from tokenizer_kinds import byte_tokenizer
 
 BYTE = byte_tokenizer()
 PHRASES = st.lists(st.sampled_from(["a", "b", "c", "Once", "upon", "."]), max_size=30).map(" ".join)

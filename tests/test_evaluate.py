@@ -9,13 +9,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import measures
 from config import GPTConfig
 from evaluate import compare_with_floor
-from measures import Score, score_tokens, split_prefix, strided_windows
+from evaluation import measures
+from evaluation.measures import Score, score_tokens, split_prefix, strided_windows
+from formats.data_directory import DataDirectory
 from models import GPT
-from token_files import DataDirectory
-from tokenizer_kinds import char_tokenizer, train_bpe
+from preparation.tokenizer_kinds import char_tokenizer, train_bpe
 
 
 def evaluate(script, run, *args, code=0) -> dict:
@@ -65,7 +65,7 @@ def test_training_and_evaluation_measure_the_same(trained_run, sample_dir, scrip
     data = DataDirectory(sample_dir)
     prefix = split_prefix(data, "val", 2000)
     assert 1500 < len(prefix.tokens) <= 2000 and prefix.tokens[-1] == data.tokenizer.eot_id
-    from checkpoints_io import load_model
+    from formats.checkpoint import load_model
 
     model, tokenizer, _, content = load_model(str(trained_run))
     assert content["step"] == logged["step"]

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoints_io as ckpt
 import train
+from formats import checkpoint as ckpt
 from tests.conftest import ROOT, tiny
 from tests.runs import assert_same_run, lines, start, wait_for_lines
 
@@ -54,7 +54,8 @@ def kill_at(tmp_path, step: int, arguments: list[str]) -> None:
         f"""
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
-import train, trainer
+import train
+from training import step as trainer
 original = trainer.Run.training_step
 def step(self, stop):
     if self.progress.step == {step}:
@@ -141,7 +142,7 @@ def test_fifty_kills_at_random_moments(tmp_path, sample_dir):
 
 def test_ranks_read_what_one_process_reads():
     """Over the steps of a run, the union of the ranks is each sample once, in the order in which a single process reads them."""
-    import batches
+    from training import data_order as batches
 
     alone = np.concatenate([batches.samples_of_step(step, 8) for step in range(30)])
     assert alone.tolist() == list(range(240))
@@ -154,8 +155,8 @@ def test_ranks_read_what_one_process_reads():
 
 def test_tokens_on_the_device_give_the_same_batches(tmp_path, sample_dir):
     """The way of a GPU, with the token files in its memory, against the way of a CPU; ids above 32,767 included."""
-    import batches
-    from token_files import DataDirectory, TrainingData
+    from formats.data_directory import DataDirectory, TrainingData
+    from training import data_order as batches
 
     shutil.copytree(sample_dir, tmp_path / "other")
     data = TrainingData([DataDirectory(sample_dir), DataDirectory(tmp_path / "other")], [None, None], 32, seed=3)

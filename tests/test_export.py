@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import export_model
-from checkpoints_io import load_model
+from formats.checkpoint import load_model
 from tests.conftest import tiny
 
 

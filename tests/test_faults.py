@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoints_io as ckpt
-import estimates
 from config import GPTConfig, TrainConfig
+from formats import checkpoint as ckpt
 from models import GPT
 from tests.conftest import ROOT, tiny
 from tests.runs import assert_same_run, start, wait_for_lines
+from training import estimates
 
 
 def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(tmp_path, small_disk, sample_dir, script):
@@ -41,7 +41,7 @@ def test_a_write_that_is_refused_leaves_the_old_file(tmp_path, trained_run):
     program = f"""
 import resource, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
-import checkpoints_io as ckpt
+from formats import checkpoint as ckpt
 from pathlib import Path
 content = ckpt.load_checkpoint(Path({str(path)!r}))
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -186,7 +186,8 @@ def test_a_second_signal_aborts(tmp_path, sample_dir):
         f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
-import train, trainer
+import train
+from training import step as trainer
 def evaluate(self, stop):
     while True:
         time.sleep(0.05)
@@ -206,7 +207,7 @@ train.main()
 
 
 def test_too_little_memory_is_refused_with_a_batch_that_fits(tmp_path, sample_dir, mistake, monkeypatch):
-    monkeypatch.setattr("estimates.available_memory", lambda device: 0.7e9)
+    monkeypatch.setattr("training.estimates.available_memory", lambda device: 0.7e9)
     large = tiny(data_dir=sample_dir, batch_size=512, gradient_accumulation_steps=2, n_embd=256, block_size=128, out_dir=tmp_path / "run")
     message = mistake("train.py", *large, cwd=tmp_path)
     batch, accumulation = (int(message.split(flag)[1].split()[0].rstrip(",")) for flag in ("--batch_size", "--gradient_accumulation_steps"))
@@ -214,7 +215,7 @@ def test_too_little_memory_is_refused_with_a_batch_that_fits(tmp_path, sample_di
     for larger in (b for b in range(batch + 1, 512) if 1024 % b == 0):
         model, config = GPT(GPTConfig.nano(n_layer=2, n_embd=256, vocab_size=512, block_size=128)), TrainConfig()
         assert estimates.memory_estimate(model, config, torch.float32, larger, "cpu", False) > 0.7e9
-    monkeypatch.setattr("estimates.available_memory", lambda device: 0.1e9)
+    monkeypatch.setattr("training.estimates.available_memory", lambda device: 0.1e9)
     assert "smaller model" in mistake("train.py", *large, cwd=tmp_path)
     assert not (tmp_path / "run").exists()
 
@@ -226,7 +227,7 @@ def test_running_out_of_memory_is_one_sentence(tmp_path, sample_dir, mistake, mo
     def fail(*args):
         raise error
 
-    for place in ("train.seconds_per_step", "trainer.Run.training_step"):
+    for place in ("train.seconds_per_step", "training.step.Run.training_step"):
         with monkeypatch.context() as patch:
             patch.setattr(place, fail)
             message = mistake("train.py", *tiny(data_dir=sample_dir, out_dir=tmp_path / place, batch_size=6), cwd=tmp_path)

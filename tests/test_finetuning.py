@@ -7,17 +7,17 @@ import pytest
 import torch
 import transformers
 
-import checkpoints_io as ckpt
 import prepare_data
-import starting_point
 import train
 from config import GPTConfig, TrainConfig
+from formats import checkpoint as ckpt
+from formats.huggingface import config_from_hf, from_hf, to_hf
+from formats.metrics import read_metrics
+from formats.tokenizer import TextTokenizer
 from models import GPT
-from run_log import read_metrics
+from preparation.tokenizer_kinds import byte_tokenizer
 from tests.conftest import tiny
-from tokenizer_kinds import byte_tokenizer
-from tokenizers_io import TextTokenizer
-from twins import config_from_hf, from_hf, to_hf
+from training import start as starting_point
 
 FAMILIES = {
     "gpt2": GPTConfig(block_size=48, vocab_size=257, n_layer=2, n_head=2, n_embd=32),

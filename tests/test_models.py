@@ -7,8 +7,8 @@ import torch
 
 import models
 from config import GPTConfig
+from formats.huggingface import hf_config, to_hf
 from models import GPT, KVCache, sample_token
-from twins import hf_config, to_hf
 
 FAMILIES = {
     "gpt2": {"arch": "gpt2"},

@@ -5,7 +5,7 @@ import torch
 
 from config import GPTConfig, TrainConfig
 from models import GPT
-from optimizers import Muon, lr_factor, make_optimizers, orthogonalize
+from training.optimizers import Muon, lr_factor, make_optimizers, orthogonalize
 
 
 def run(optimizer_of, shapes, steps=4):

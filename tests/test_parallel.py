@@ -9,8 +9,8 @@ import time
 import pytest
 import torch
 
-import checkpoints_io as ckpt
-from run_log import read_metrics
+from formats import checkpoint as ckpt
+from formats.metrics import read_metrics
 from tests.conftest import ROOT, tiny
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
@@ -73,7 +73,8 @@ def test_a_dying_process_ends_the_job_with_a_message(tmp_path, sample_dir):
         f"""
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
-import train, trainer, utils
+import train, utils
+from training import step as trainer
 original = trainer.Run.training_step
 def step(self, stop):
     if self.processes.rank == 1 and self.progress.step == 3:

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import sample_corpus
-from corpus import split_by_hash, split_by_position
+from formats.data_directory import DataDirectory
+from formats.tokenizer import EOT, load_tokenizer
+from preparation import sample_corpus
+from preparation.corpus import split_by_hash, split_by_position
+from preparation.sources import Format, TextFile
 from tests.runs import documents, write_stories
-from text_sources import Format, TextFile
-from token_files import DataDirectory
-from tokenizers_io import EOT, load_tokenizer
 
 STORIES = [text for text, _ in sample_corpus.stories(sample_corpus.load_grammar(), 11, "train", 260)]
 BYTES = ["--tokenizer", "byte", "--no_report"]
@@ -127,7 +127,7 @@ def test_the_end_of_text_literal_inside_a_document_is_text(tmp_path, script):
 @given(pieces=st.lists(st.text(alphabet="aé🙂 \n", max_size=30), min_size=1, max_size=6), chunk=st.integers(1, 17))
 @settings(max_examples=100, deadline=None)
 def test_reading_in_pieces_equals_splitting_the_whole(tmp_path_factory, pieces, chunk):
-    import text_sources
+    from preparation import sources as text_sources
 
     path = tmp_path_factory.mktemp("text") / "t.txt"
     path.write_bytes(EOT.join(pieces).encode())

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 import prepare_data
+from formats.data_directory import OUR_FILES, DataDirectory
 from tests.conftest import ROOT
 from tests.runs import start, write_stories
 from tests.test_prepare import STORIES
-from token_files import OUR_FILES, DataDirectory
 
 
 def content(directory: Path) -> dict[str, bytes]:

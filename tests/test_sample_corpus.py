@@ -7,8 +7,8 @@ from collections import Counter
 
 import pytest
 
-from sample_corpus import Grammar, load_grammar, stories
-from token_files import DataDirectory
+from formats.data_directory import DataDirectory
+from preparation.sample_corpus import Grammar, load_grammar, stories
 
 TOY = {
     "start": "story",

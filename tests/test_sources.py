@@ -16,14 +16,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import corpus
 import prepare_data
-import text_sources
+from formats.data_directory import DataDirectory
+from formats.tokenizer import EOT
+from preparation import corpus
+from preparation import sources as text_sources
+from preparation.sources import Format, HubSplit, find_files
 from tests.runs import documents, write_stories
 from tests.test_prepare import STORIES
-from text_sources import Format, HubSplit, find_files
-from token_files import DataDirectory
-from tokenizers_io import EOT
 
 FORM = Format(EOT)
 ODD = ["a\nb", 'quotes " and , commas', "naïve 北京 🙂", " spaces ", "\x00 and \r\n ends \r", f"a {EOT} b", "\u2028 \x85", "x" * 3000, "7"]

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import token_files
-from token_files import (
+from formats import data_directory as token_files
+from formats.data_directory import (
     DTYPE,
     OUR_FILES,
     SPLITS,
@@ -23,7 +23,7 @@ from token_files import (
     parse_weighted,
     windows,
 )
-from tokenizer_kinds import byte_tokenizer, train_bpe
+from preparation.tokenizer_kinds import byte_tokenizer, train_bpe
 
 BYTE = byte_tokenizer()
 

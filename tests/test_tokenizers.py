@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-import sample_corpus
-import tokenizers_io
+from formats import tokenizer as tokenizers_io
+from formats.tokenizer import EOT, KINDS, TextTokenizer, load_tokenizer
+from preparation import sample_corpus
+from preparation.tokenizer_kinds import byte_tokenizer, char_tokenizer, gpt2_tokenizer, make_tokenizer, train_bpe
 from tests.conftest import ROOT
 from tests.runs import write_stories
-from tokenizer_kinds import byte_tokenizer, char_tokenizer, gpt2_tokenizer, make_tokenizer, train_bpe
-from tokenizers_io import EOT, KINDS, TextTokenizer, load_tokenizer
 
 TEXTS = [text for text, _ in sample_corpus.stories(sample_corpus.load_grammar(), 0, "test", 60)]
 BPE = train_bpe(TEXTS, 600)
@@ -159,7 +159,7 @@ def test_training_is_deterministic(kind, tmp_path):
 
     assert make_tokenizer(kind, TEXTS, 600).json == TRAINED[kind].json
     (tmp_path / "texts.json").write_text(json.dumps(TEXTS))
-    code = f"import sys, json; sys.path.insert(0, {str(ROOT)!r}); from tokenizer_kinds import make_tokenizer; "
+    code = f"import sys, json; sys.path.insert(0, {str(ROOT)!r}); from preparation.tokenizer_kinds import make_tokenizer; "
     code += f"print(make_tokenizer({kind!r}, json.load(open('texts.json')), 600).sha256)"
     other = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()
     assert other == TRAINED[kind].sha256

@@ -10,10 +10,10 @@ import sys
 import pytest
 import torch
 
-import checkpoints_io as ckpt
+from formats import checkpoint as ckpt
+from preparation.tokenizer_kinds import train_bpe
 from tests.conftest import ROOT, tiny
 from tests.runs import assert_same_run, lines, start, wait_for_lines
-from tokenizer_kinds import train_bpe
 
 
 def test_a_run_leaves_what_the_contract_says(trained_run):
@@ -57,7 +57,7 @@ def test_a_signal_saves_and_the_same_command_line_goes_on(tmp_path, sample_dir, 
 def test_a_signal_during_an_evaluation_makes_it_up_later(tmp_path, sample_dir, step):
     """The evaluation that a signal cut off is done first after the resume, and its line stands where it would have stood."""
     import train
-    import trainer
+    from training import step as trainer
     from utils import StopSignal
 
     arguments = tiny(data_dir=sample_dir, max_steps=10, eval_interval=5, checkpoint_interval=100)
@@ -94,10 +94,10 @@ class Keep(torch.optim.SGD):
 
 
 def gradient_of_a_step(sample_dir, batch_size: int, accumulation: int) -> torch.Tensor:
-    import trainer
     from config import GPTConfig, TrainConfig
+    from formats.data_directory import DataDirectory, TrainingData
     from models import GPT
-    from token_files import DataDirectory, TrainingData
+    from training import step as trainer
     from utils import StopSignal
 
     directory = DataDirectory(sample_dir)
@@ -274,10 +274,10 @@ def test_a_step_without_a_number_is_skipped_and_counted(tmp_path, sample_dir, po
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_a_skipped_step_changes_nothing(sample_dir, optimizer):
     """Against the state before it, with weight decay and momentum that would move the weights on their own."""
-    import trainer
     from config import GPTConfig, TrainConfig
+    from formats.data_directory import DataDirectory, TrainingData
     from models import GPT
-    from token_files import DataDirectory, TrainingData
+    from training import step as trainer
     from utils import StopSignal
 
     directory = DataDirectory(sample_dir)

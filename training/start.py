@@ -6,10 +6,10 @@ import math
 import os
 from pathlib import Path
 
-import checkpoints_io as ckpt
 from config import GPTConfig, TrainConfig
-from token_files import TrainingData
-from tokenizers_io import TextTokenizer
+from formats import checkpoint as ckpt
+from formats.data_directory import TrainingData
+from formats.tokenizer import TextTokenizer
 from utils import notice
 
 # What may change when a run is resumed; everything else would make it another run.

@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from tokenizers_io import TextTokenizer
+from formats.tokenizer import TextTokenizer
 
 SAMPLE_BYTES = {"train": 8_000_000, "val": 1_000_000}
 WORD = re.compile(r"\w+|[^\w\s]")

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import checkpoints_io as ckpt
-from batches import Batches, samples_of_step, step_seed
 from config import TrainConfig
-from estimates import peak_flops
-from measures import score_tokens, split_prefix, summarize
+from evaluation.measures import score_tokens, split_prefix, summarize
+from formats import checkpoint as ckpt
+from formats.data_directory import DataDirectory, TrainingData
+from formats.metrics import MetricsLog
 from models import GPT, NextTokenLoss
-from optimizers import lr_factor, make_optimizers, set_learning_rates
-from parallel import Processes
-from run_log import MetricsLog
-from token_files import DataDirectory, TrainingData
+from training.data_order import Batches, samples_of_step, step_seed
+from training.estimates import peak_flops
+from training.optimizers import lr_factor, make_optimizers, set_learning_rates
+from training.processes import Processes
 from utils import StopSignal, choose_compile, choose_precision, notice
 
 SKIPS_IN_A_ROW = 5  # steps without a finite loss and gradient before a run ends

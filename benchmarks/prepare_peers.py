@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from text_sources import Format, TextFile
-from token_files import DTYPE
-from tokenizer_kinds import make_tokenizer
-from tokenizers_io import EOT
+from formats.data_directory import DTYPE
+from formats.tokenizer import EOT
+from preparation.sources import Format, TextFile
+from preparation.tokenizer_kinds import make_tokenizer
 
 
 def write_corpus(texts: list[str], megabytes: int, path: Path) -> None:
@@ -50,7 +50,7 @@ def map_way(path: str, tokenizer: str) -> float:
 
     def encode(row: dict) -> dict:
         if "encoding" not in state:  # once in each process
-            from tokenizers_io import TextTokenizer
+            from formats.tokenizer import TextTokenizer
 
             state["encoding"] = TextTokenizer(json).twin
         ids = state["encoding"].encode_ordinary(row["text"])

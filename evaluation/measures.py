@@ -11,9 +11,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from formats.data_directory import DataDirectory
+from formats.tokenizer import TextTokenizer
 from models import GPT
-from token_files import DataDirectory
-from tokenizers_io import TextTokenizer
 
 ROWS = 512  # of logits held at once
 

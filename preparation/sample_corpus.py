@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-GRAMMAR_PATH = Path(__file__).resolve().parent / "data" / "sample_grammar.json"
+GRAMMAR_PATH = Path(__file__).resolve().parent.parent / "data" / "sample_grammar.json"
 REFERENCE = re.compile(r"\{([^{}]*)\}")
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from config import GPTConfig, TrainConfig
+from formats.data_directory import TrainingData
 from models import CHUNK, GPT, GPU_CHUNK, NextTokenLoss
-from token_files import TrainingData
 from utils import choose_compile, choose_precision
 
 # Bytes kept for the backward pass per token and block, in units of n_embd and of the MLP's width: measured (MEASUREMENTS.md).

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cleaning import Cleaning
-from corpus import Group, Splitting, document_key
-from token_files import SPLITS
-from tokenizers_io import TextTokenizer
+from formats.data_directory import SPLITS
+from formats.tokenizer import TextTokenizer
+from preparation.cleaning import Cleaning
+from preparation.corpus import Group, Splitting, document_key
 
 BATCH_CHARACTERS = 2**20
 

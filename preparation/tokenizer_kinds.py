@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from tiktoken.load import read_file_cached
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from tokenizers_io import EOT, MAX_VOCAB_SIZE, PADDING, UNKNOWN, TextTokenizer, byte_characters, load_tokenizer
+from formats.tokenizer import EOT, MAX_VOCAB_SIZE, PADDING, UNKNOWN, TextTokenizer, byte_characters, load_tokenizer
 
 # the files from which tiktoken makes its "gpt2", in its own cache
 GPT2_FILES = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-import sample_corpus
-from cleaning import Cleaning, KeySet, skeleton
-from text_sources import Format, HubSplit, TextFile, find_files, open_dataset
-from token_files import parse_weighted
+from formats.data_directory import parse_weighted
+from preparation import sample_corpus
+from preparation.cleaning import Cleaning, KeySet, skeleton
+from preparation.sources import Format, HubSplit, TextFile, find_files, open_dataset
 from utils import notice
 
 POSITION_BELOW = 100  # fewer documents than this are split by position

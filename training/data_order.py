@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from token_files import TrainingData
+from formats.data_directory import TrainingData
 
 
 def step_seed(seed: int, step: int, micro_step: int, rank: int) -> int:

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 
 from config import GPTConfig
+from formats.huggingface import config_from_hf, from_hf
+from formats.metrics import METRICS
+from formats.tokenizer import TextTokenizer
 from models import GPT
-from run_log import METRICS
-from tokenizers_io import TextTokenizer
-from twins import config_from_hf, from_hf
 from utils import fsync_directory, notice, write_atomically
 
 FORMAT_VERSION = 1

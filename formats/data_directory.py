@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tokenizers_io import TextTokenizer, load_tokenizer
+from formats.tokenizer import TextTokenizer, load_tokenizer
 from utils import fsync_directory, write_atomically
 
 FORMAT_VERSION = 1
