@@ -7,57 +7,47 @@ To run an experiment, change `model_config` or `train_config` at the end of this
 """
 
 from dataclasses import dataclass
-from math import isfinite
-from typing import Literal, get_args
+from typing import Literal
 
-Arch = Literal["gpt2", "qwen3"]
-
-
-def _check(problems: list[str], owner: str) -> None:
-    """Raise one ValueError that lists every problem, so that nobody mends a configuration one error at a time."""
-    if problems:
-        raise ValueError(f"{owner}: " + "; ".join(problems))
+from utils import Checked, Count, Fraction01, Natural, NonNegative, Positive, ProperFraction, Seed
 
 
 @dataclass(frozen=True)
-class GPTConfig:
+class GPTConfig(Checked):
     """The shape of the network. A field that is None takes its family's own value (see `arch`)."""
 
-    block_size: int = 1024
+    block_size: Count = 1024
     """Context length in tokens: how far back the model can look."""
-    vocab_size: int = 50257
+    vocab_size: Count = 50257
     """Number of token ids. train.py takes it from the tokenizer of the data; a flag that differs is refused."""
-    n_layer: int = 12
+    n_layer: Count = 12
     """Number of transformer blocks."""
-    n_head: int = 12
+    n_head: Count = 12
     """Number of attention heads; n_embd must be divisible by it."""
-    n_embd: int = 768
+    n_embd: Count = 768
     """Width of the residual stream."""
-    dropout: float = 0.0
+    dropout: ProperFraction = 0.0
     """Probability of dropping an activation in training. 0 is best while the model sees its data only a few times."""
     bias: bool | None = None
     """Biases in linears and norms. None: the family's own (gpt2 True; qwen3 has none and refuses True)."""
-    arch: Arch = "gpt2"
+    arch: Literal["gpt2", "qwen3"] = "gpt2"
     """Family: gpt2 (learned positions, LayerNorm, GELU) or qwen3 (rotary positions, RMSNorm, QK-norm, SwiGLU)."""
     flash: bool = True
     """Fused attention kernel; False runs the explicit masked softmax, the readable reference."""
-    n_kv_head: int | None = None
+    n_kv_head: Count | None = None
     """qwen3 only: number of key/value heads shared by the query heads. None: n_head."""
-    n_hidden: int | None = None
+    n_hidden: Count | None = None
     """Width inside the MLP. None: 4 n_embd (gpt2), or 8/3 n_embd rounded up to a multiple of 64 (qwen3, about as many parameters)."""
-    rope_theta: float | None = None
+    rope_theta: Positive | None = None
     """qwen3 only: base of the rotary frequencies. None: 10,000."""
 
     def __post_init__(self):
-        problems = [
-            f"{name}={getattr(self, name)} must be at least 1"
-            for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_kv_head", "n_hidden")
-            if getattr(self, name) is not None and getattr(self, name) < 1
-        ]
-        if self.arch not in get_args(Arch):
-            problems.append(f"arch={self.arch!r} is unknown; take one of {', '.join(get_args(Arch))}")
-        if not 0.0 <= self.dropout < 1.0:
-            problems.append(f"dropout={self.dropout} must be at least 0 and below 1")
+        super().__post_init__()
+        if self.bias is None:
+            object.__setattr__(self, "bias", self.arch == "gpt2")
+
+    def problems(self) -> list[str]:
+        problems = []
         if self.n_head >= 1 and self.n_embd % self.n_head:
             nearest = max(1, round(self.n_embd / self.n_head)) * self.n_head
             problems.append(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}; try n_embd={nearest}")
@@ -68,17 +58,13 @@ class GPTConfig:
                 problems.append(f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}")
             if self.n_head >= 1 and (self.n_embd // self.n_head) % 2:
                 problems.append(f"rotary positions need an even n_embd / n_head, not {self.n_embd // self.n_head}")
-            if self.rope_theta is not None and self.rope_theta <= 0:
-                problems.append(f"rope_theta={self.rope_theta} must be above 0")
         else:
             problems += [
                 f"{name}={getattr(self, name)} is an option of arch=qwen3; leave it out or pass --arch qwen3"
                 for name in ("n_kv_head", "rope_theta")
                 if getattr(self, name) is not None
             ]
-        _check(problems, "model")
-        if self.bias is None:
-            object.__setattr__(self, "bias", self.arch == "gpt2")
+        return problems
 
     @property
     def head_dim(self) -> int:
@@ -126,60 +112,64 @@ ModelConfig = GPTConfig
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Checked):
     """How a model is trained. Every field is a flag of train.py."""
 
+    data_dir: tuple[str, ...] = ("./data",)
+    """Data directories, DIR or DIR:WEIGHT. Several are read as one; with weights they are mixed in those shares."""
+    out_dir: str | None = None
+    """The run directory. None: ./checkpoints for ./data, ./checkpoints/NAME for a data directory or dataset of that name."""
     optimizer: Literal["adamw", "muon"] = "muon"
     """muon: Muon for the matrices inside the blocks and AdamW for the rest; adamw: AdamW for everything."""
-    learning_rate: float = 3e-4
+    learning_rate: Positive = 3e-4
     """Peak learning rate of the AdamW part (embeddings and norms under muon, everything under adamw)."""
-    muon_learning_rate: float = 0.02
+    muon_learning_rate: Positive = 0.02
     """Peak learning rate of the Muon part."""
-    weight_decay: float = 0.1
+    weight_decay: NonNegative = 0.1
     """Decoupled weight decay, on matrices only."""
-    beta1: float = 0.9
+    beta1: ProperFraction = 0.9
     """AdamW: decay of the gradient's running mean."""
-    beta2: float = 0.95
+    beta2: ProperFraction = 0.95
     """AdamW: decay of the squared gradient's running mean."""
-    grad_clip: float = 1.0
+    grad_clip: NonNegative = 1.0
     """Largest norm of the whole gradient; 0 switches clipping off."""
-    ema_decay: float = 0.0
+    ema_decay: ProperFraction = 0.0
     """Decay of a running mean of the weights (EMA) which is then evaluated, sampled and kept as the best model; 0: off."""
-    batch_size: int = 32
+    batch_size: Count = 32
     """Windows of block_size tokens in one forward pass (the micro-batch)."""
-    gradient_accumulation_steps: int = 4
+    gradient_accumulation_steps: Count = 4
     """Forward passes added up to one optimizer step. The effective batch is batch_size times this, on any number of processes."""
-    max_steps: int = 100_000
+    max_steps: Count = 100_000
     """Optimizer steps of the whole run."""
-    epochs: float | None = None
+    epochs: Positive | None = None
     """Length of the run in passes over the training data, instead of max_steps."""
-    max_tokens: int | None = None
+    max_tokens: Count | None = None
     """Length of the run in tokens, instead of max_steps; rounded up to whole steps."""
-    patience: int = 0
+    patience: Natural = 0
     """Stop early after this many evaluations in a row without a better validation loss; 0: never."""
     lr_schedule: Literal["cosine", "linear"] = "cosine"
     """Shape of the decay after warmup."""
-    warmup_steps: int = 2000
+    warmup_steps: Natural = 2000
     """Steps of linear warmup; at most a tenth of the run unless this very flag is given."""
-    final_lr_fraction: float = 0.1
+    final_lr_fraction: Fraction01 = 0.1
     """Learning rate at the last step, as a fraction of the peak."""
-    eval_interval: int = 500
+    eval_interval: Count = 500
     """Steps between two evaluations on the validation split; the last step always evaluates."""
-    eval_tokens: int = 200_000
+    eval_tokens: Count = 200_000
     """Length of the fixed beginning of the validation split that is evaluated while training."""
-    checkpoint_interval: int = 1000
+    checkpoint_interval: Count = 1000
     """Steps between two complete, resumable checkpoints; the last step always writes one."""
-    keep_checkpoints: int | Literal["all"] = 2
+    keep_checkpoints: Count | Literal["all"] = 2
     """How many of the newest step checkpoints to keep: a number, or all."""
-    log_interval: int = 10
+    log_interval: Count = 10
     """Steps between two lines of metrics.jsonl."""
-    sample_tokens: int = 40
+    sample_tokens: Natural = 40
     """Length of the sample text that each evaluation prints and logs; 0: none."""
     sample_prompt: str = ""
     """Beginning of the sample texts; empty: the beginning of a document."""
     tensorboard: bool = False
     """Write the metrics for TensorBoard too, into the run's tensorboard/ (needs: pip install tensorboard)."""
-    seed: int = 1337
+    seed: Seed = 1337
     """Seed of the initial weights, the data order and dropout."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps. auto takes CUDA, then MPS, then the CPU."""
@@ -189,36 +179,22 @@ class TrainConfig:
     """torch.compile: True, False, or auto (on CUDA, and on a CPU in runs long enough to win the compilation's time back)."""
 
     def __post_init__(self):
-        at_least = {"batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": 1, "warmup_steps": 0, "eval_interval": 1}
-        at_least |= {"eval_tokens": 1, "checkpoint_interval": 1, "log_interval": 1, "grad_clip": 0, "weight_decay": 0, "seed": 0}
-        at_least |= {"patience": 0, "sample_tokens": 0}
-        problems = [f"{k}={getattr(self, k)} must be at least {v}" for k, v in at_least.items() if getattr(self, k) < v]
-        rates = ("learning_rate", "muon_learning_rate")
-        problems += [f"{k}={getattr(self, k)} must be a number above 0" for k in rates if not 0 < getattr(self, k) < float("inf")]
-        problems += [
-            f"{k}={getattr(self, k)} must be at least 0 and below 1"
-            for k in ("beta1", "beta2", "ema_decay")
-            if not 0 <= getattr(self, k) < 1
-        ]
-        if self.max_tokens is not None and self.max_tokens < 1:
-            problems.append(f"max_tokens={self.max_tokens} must be at least 1")
+        if isinstance(self.data_dir, str | list):
+            object.__setattr__(self, "data_dir", (self.data_dir,) if isinstance(self.data_dir, str) else tuple(self.data_dir))
+        super().__post_init__()
+
+    def problems(self) -> list[str]:
+        problems = []
         if self.epochs is not None and self.max_tokens is not None:
             problems.append("epochs and max_tokens both set the length of the run; give one of them")
-        if self.epochs is not None and not (self.epochs > 0 and isfinite(self.epochs)):
-            problems.append(f"epochs={self.epochs} must be a number above 0")
-        if not 0 <= self.final_lr_fraction <= 1:
-            problems.append(f"final_lr_fraction={self.final_lr_fraction} must be between 0 and 1")
-        if self.keep_checkpoints != "all" and not (isinstance(self.keep_checkpoints, int) and self.keep_checkpoints >= 1):
-            problems.append(f"keep_checkpoints={self.keep_checkpoints!r} must be a number of at least 1, or all")
-        for name, choices in {
-            "optimizer": ("adamw", "muon"),
-            "lr_schedule": ("cosine", "linear"),
-            "dtype": ("auto", "float32", "bfloat16", "float16"),
-            "compile": ("auto", True, False),
-        }.items():
-            if getattr(self, name) not in choices:
-                problems.append(f"{name}={getattr(self, name)!r} is unknown; take one of {', '.join(map(str, choices))}")
-        _check(problems, "training")
+        if not self.data_dir or "" in self.data_dir or self.out_dir == "":
+            problems.append("data_dir and out_dir need a directory; make data with prepare_data.py")
+        return problems
+
+    @property
+    def windows_per_step(self) -> int:
+        """Windows of block_size tokens in one optimizer step: the effective batch."""
+        return self.batch_size * self.gradient_accumulation_steps
 
 
 # A preset is a model and the training values that go with it; values it does not name stay as they stand in train_config.
@@ -259,6 +235,7 @@ PRESETS = {
     "medium": (GPTConfig.medium, {"learning_rate": 3e-4}),
 }
 
-# The two lines to edit for an experiment, e.g. ModelConfig.tiny(block_size=256, dropout=0.1) and TrainConfig(learning_rate=1e-3).
+# The two lines to edit for an experiment, e.g. ModelConfig.tiny(block_size=256, dropout=0.1) and
+# TrainConfig(data_dir="./data_v1", learning_rate=1e-3).
 model_config = ModelConfig.small()
 train_config = TrainConfig()

@@ -6,32 +6,30 @@ python prepare_data.py --input stories/:0.7 books/:0.3 --max_tokens 10000000 --t
 python prepare_data.py --dataset roneneldan/TinyStories --max_documents 100000 --tokenizer bpe
 """
 
-from utils import needs_packages, notice, read_command_line, run_script
+import dataclasses
+import io
+import json
+import math
+import os
+import signal
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
 
-with needs_packages():
-    import dataclasses
-    import io
-    import json
-    import math
-    import os
-    import signal
-    import sys
-    from collections import Counter
-    from dataclasses import dataclass
-    from fractions import Fraction
-    from pathlib import Path
+import numpy as np
+from tqdm import tqdm
 
-    import numpy as np
-    from tqdm import tqdm
-
-    from formats.data_directory import FLOOR, PICTURE, REPORT, SPLITS, DataDirectoryWriter
-    from formats.tokenizer import EOT, KINDS, TextTokenizer, load_tokenizer
-    from preparation import portrait as data_report
-    from preparation.cleaning import Cleaning, KeySet
-    from preparation.corpus import Corpus, Group, Limits, SampleCorpus, Splitting
-    from preparation.encoding import DocumentEncoder, Encoded, Recipe
-    from preparation.sources import Format
-    from preparation.tokenizer_kinds import TRAINED, make_tokenizer, text_normalization
+from formats.data_directory import FLOOR, PICTURE, REPORT, SPLITS, DataDirectoryWriter
+from formats.tokenizer import EOT, KINDS, TextTokenizer, load_tokenizer
+from preparation import portrait as data_report
+from preparation.cleaning import Cleaning, KeySet
+from preparation.corpus import Corpus, Group, Limits, SampleCorpus, Splitting
+from preparation.encoding import DocumentEncoder, Encoded, Recipe
+from preparation.sources import Format
+from preparation.tokenizer_kinds import TRAINED, make_tokenizer, text_normalization
+from utils import notice, read_command_line, run_script
 
 SAMPLE_VOCAB_SIZE = 1500
 SAMPLE_TRAIN_BYTES = 4_000_000  # enough to see every word of the grammar many times

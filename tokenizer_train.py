@@ -5,21 +5,19 @@ python tokenizer_train.py --show "Once upon a time" --tokenizer tokenizer.json
 python prepare_data.py --input stories.txt --tokenizer tokenizer.json
 """
 
-from utils import needs_packages, notice, read_command_line, run_script, write_atomically
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
-with needs_packages():
-    import itertools
-    from dataclasses import dataclass
-    from pathlib import Path
-    from typing import Literal
+import numpy as np
 
-    import numpy as np
-
-    from formats.tokenizer import EOT, TextTokenizer, byte_characters
-    from preparation.cleaning import Cleaning
-    from preparation.corpus import Corpus, Limits, Splitting
-    from preparation.sources import Format
-    from preparation.tokenizer_kinds import TRAINED, gpt2_tokenizer, make_tokenizer, text_normalization
+from formats.tokenizer import EOT, TextTokenizer, byte_characters
+from preparation.cleaning import Cleaning
+from preparation.corpus import Corpus, Limits, Splitting
+from preparation.sources import Format
+from preparation.tokenizer_kinds import TRAINED, gpt2_tokenizer, make_tokenizer, text_normalization
+from utils import notice, read_command_line, run_script, write_atomically
 
 HELD_OUT = 0.05  # share of the documents that the tokenizer doesn't see
 HELD_OUT_CHARACTERS = 1_000_000

@@ -1,60 +1,84 @@
-"""What all stages share at run time: the command line, errors, files that are never half-written, signals, device and precision.
+"""What all stages share at run time: errors, checked fields, the command line, whole files, signals, and the machine.
 
-This module imports torch only inside the functions that need it, so that preparation starts fast.
+Imports torch, tyro and pydantic only inside the functions that need them, so that preparation starts fast.
 """
 
 import contextlib
 import dataclasses
+import functools
+import hashlib
 import io
+import json
 import os
 import re
 import shutil
 import signal
 import sys
+import traceback
 import types
 import typing
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
+from typing import Annotated
+
+from annotated_types import Ge, Gt, Le, Lt
 
 # ---------------------------------------------------------------- errors and exit codes
 
 
-@contextlib.contextmanager
-def needs_packages() -> Iterator[None]:
-    """Imports inside: a missing package, or a mistake in config.py, becomes one sentence and exit code 2."""
-    try:
-        yield
-    except (ValueError, TypeError) as error:
-        print(f"error: config.py: {describe(error)}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except ModuleNotFoundError as error:
+def describe(error: BaseException) -> str:
+    """One line for an error; the operating system's own get the file's name and the reason."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return " ".join(str(error).split())
+
+
+def _line_of_config(error: BaseException) -> int | None:
+    """The line of config.py whose execution raised the error, None for other errors."""
+    config = str(Path(__file__).with_name("config.py"))
+    if isinstance(error, SyntaxError) and error.filename == config:
+        return error.lineno
+    frames = traceback.extract_tb(error.__traceback__)
+    return next((frame.lineno for frame in frames if frame.filename == config and frame.name == "<module>"), None)
+
+
+def report(error: BaseException) -> int:
+    """Say on stderr what ended the program: one sentence for the user's mistake, a traceback for a bug of ours. Returns the exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        print("\nstopped by Ctrl-C", file=sys.stderr)
+        return 130
+    if isinstance(error, ModuleNotFoundError):
         print(f"error: the package {error.name!r} is not installed; run: pip install -r requirements.txt", file=sys.stderr)
-        raise SystemExit(2) from None
+        return 2
+    if isinstance(error, BrokenPipeError):  # who reads our output, `head` say, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    line = _line_of_config(error)
+    if line is not None:
+        print(f"error: config.py: line {line}: {describe(error)}", file=sys.stderr)
+        return 2
+    if isinstance(error, ValueError | OSError):
+        print(f"error: {describe(error)}", file=sys.stderr)
+        return 2
+    traceback.print_exception(error)
+    return 1
 
 
 def run_script(main: Callable[[], int | None]) -> None:
     """Run a script's main and exit: 0, 2 with one line for the user's mistake, 1 or 128 + signal as main decides."""
     try:
-        sys.exit(main())
-    except ModuleNotFoundError as error:
-        print(f"error: the package {error.name!r} is not installed; run: pip install -r requirements.txt", file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:  # who reads our output, `head` say, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except (ValueError, OSError) as error:
-        print(f"error: {describe(error)}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nstopped by Ctrl-C", file=sys.stderr)
-        sys.exit(130)
+        code = main()
+    except Exception as error:
+        code = report(error)
+    except KeyboardInterrupt as error:
+        code = report(error)
+    sys.exit(code)
 
 
-def describe(error: Exception) -> str:
-    """One line for an error; the operating system's own get the file's name and the reason."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return " ".join(str(error).split())
+# Imports at the top of a script fail before its main can: a missing package, a mistake in config.py, Ctrl-C.
+sys.excepthook = lambda kind, error, _: sys.exit(report(error))
 
 
 def notice(message: str) -> None:
@@ -63,61 +87,138 @@ def notice(message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
+# ---------------------------------------------------------------- checked fields
+
+Count = Annotated[int, Ge(1)]
+Natural = Annotated[int, Ge(0)]
+Seed = Annotated[int, Ge(0), Lt(2**63)]
+Positive = Annotated[float, Gt(0)]
+NonNegative = Annotated[float, Ge(0)]
+Fraction01 = Annotated[float, Ge(0), Le(1)]
+ProperFraction = Annotated[float, Ge(0), Lt(1)]
+
+# How the kinds of problems that pydantic finds are told: "batch_size=0 must be at least 1".
+PHRASES = {
+    "greater_than_equal": "at least {ge}",
+    "greater_than": "above {gt}",
+    "less_than": "below {lt}",
+    "less_than_equal": "at most {le}",
+    "literal_error": "{expected}",
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "True or False",
+    "string_type": "a text",
+    "tuple_type": "a tuple",
+}
+
+
+@functools.cache
+def _validator(kind: type):
+    """What checks a mapping of field names to values against the fields that the dataclass `kind` declares; a nested one checks itself."""
+    import typing_extensions
+    from pydantic import ConfigDict, TypeAdapter
+
+    hints = typing.get_type_hints(kind, include_extras=True)
+    fields = {f.name: hints[f.name] for f in dataclasses.fields(kind) if not dataclasses.is_dataclass(hints[f.name])}
+    declared = typing_extensions.TypedDict(kind.__name__, fields)
+    declared.__pydantic_config__ = ConfigDict(strict=True, allow_inf_nan=False)
+    return TypeAdapter(declared), fields.keys()
+
+
+def field_problems(config: object) -> tuple[list[str], bool]:
+    """What is wrong with the fields of a dataclass, each by itself, and whether all have the declared type."""
+    from pydantic import ValidationError
+
+    validator, names = _validator(type(config))
+    try:
+        validator.validate_python({name: getattr(config, name) for name in names})
+    except ValidationError as error:
+        wanted: dict[str, list[str]] = {}
+        for problem in error.errors(include_url=False):
+            phrase = PHRASES.get(problem["type"], problem["msg"]).format(**problem.get("ctx", {}))
+            wanted.setdefault(f"{problem['loc'][0]}={problem['input']!r}", []).append(phrase)
+        problems = [f"{what} must be {' or '.join(phrases)}" for what, phrases in wanted.items()]
+        return problems, not any(problem["type"].endswith("_type") for problem in error.errors(include_url=False))
+    return [], True
+
+
+class Checked:
+    """Base of dataclasses that check themselves when they are made: each field against its declaration, e.g. Annotated[int, Ge(1)],
+    then what `problems` says about fields together. Raises one ValueError that lists everything."""
+
+    def __post_init__(self):
+        found, of_their_types = field_problems(self)
+        if of_their_types:
+            found += self.problems()
+        if found:
+            raise ValueError("; ".join(found))
+
+    def problems(self) -> list[str]:
+        """What is wrong with fields that are right each by itself."""
+        return []
+
+
+def replace_fields(config, values: dict, may_change: typing.Collection[str] | None = None, owner: str = ""):
+    """A copy of a dataclass with those of the values that are its fields.
+
+    may_change: the fields that may differ from what they are, None for all. Raises ValueError for others, which `owner` has fixed.
+    """
+    mine = {field.name: values[field.name] for field in dataclasses.fields(config) if field.name in values}
+    for name, value in mine.items():
+        fixed = getattr(config, name)
+        if may_change is not None and name not in may_change and value != fixed:
+            raise ValueError(f"{owner} has {name}={fixed}, not {value}; leave {name} as it is, or start in another --out_dir")
+    return dataclasses.replace(config, **mine)
+
+
 # ---------------------------------------------------------------- command line
 
 
-def flag_names(kind: type) -> dict[str, object]:
+def flag_types(kind: type) -> dict[str, object]:
     """Name -> type of every flag of a dataclass, nested dataclasses included."""
-    hints, names = typing.get_type_hints(kind), {}
+    hints, flags = typing.get_type_hints(kind), {}
     for field in dataclasses.fields(kind):
-        if dataclasses.is_dataclass(hints[field.name]):
-            names |= flag_names(hints[field.name])
-        else:
-            names[field.name] = hints[field.name]
-    return names
+        hint = hints[field.name]
+        flags |= flag_types(hint) if dataclasses.is_dataclass(hint) else {field.name: hint}
+    return flags
 
 
 def normalize_flags(kind: type, argv: list[str], aliases: dict[str, str]) -> list[str]:
-    """Rewrite argv into what tyro understands; ValueError for a flag given twice.
+    """Rewrite argv for tyro: names with underscores, aliases resolved, a value for each boolean. ValueError for a flag given twice.
 
-    `--flag=x` becomes `--flag x`, dashes inside names underscores, aliases their names; booleans get their value:
-    `--compile` -> `--compile True`, `--no_compile` -> `--compile False`, `--compile=false` -> `--compile False`.
+    `--compile` -> `--compile=True`, `--no_compile` -> `--compile=False`, `--compile false` -> `--compile False`.
     """
-    names = flag_names(kind)
-    booleans = {name for name, hint in names.items() if hint is bool or bool in typing.get_args(hint)}
+    booleans = {name for name, hint in flag_types(kind).items() if hint is bool or bool in typing.get_args(hint)}
     words: list[str] = []
-    for i, word in enumerate(argv):
+    given: set[str] = set()
+    for word, following in zip(argv, [*argv[1:], ""]):
         match = re.fullmatch(r"--([A-Za-z][\w-]*)(=.*)?", word, re.DOTALL)
         if not match:
-            after_boolean = words and words[-1].startswith("--") and words[-1][2:] in booleans
-            words.append(word.capitalize() if after_boolean and word.lower() in ("true", "false") else word)
+            of_boolean = words and words[-1].removeprefix("--") in booleans
+            words.append(word.capitalize() if of_boolean and word.lower() in ("true", "false") else word)
             continue
-        name, value = match[1].replace("-", "_"), match[2]
+        name, value = match[1].replace("-", "_"), match[2] or ""
         name = aliases.get(name, name)
-        if name.startswith("no_") and name[3:] in booleans and value is None:
-            name, value = name[3:], "=False"
-        if f"--{name}" in words:
-            raise ValueError(f"--{name} is given twice; give it once, with all its values behind it")
-        if name in booleans and value is None and (i + 1 == len(argv) or argv[i + 1].lower() not in ("true", "false", "auto", "none")):
+        if name.removeprefix("no_") in booleans and name.startswith("no_") and not value:
+            name, value = name.removeprefix("no_"), "=False"
+        if name in booleans and not value and following.lower() not in ("true", "false", "auto", "none"):
             value = "=True"
-        words.append(f"--{name}")
-        if value is not None:
-            words.append(value[1:].capitalize() if name in booleans and value[1:].lower() in ("true", "false") else value[1:])
+        if name in booleans and value.lower() in ("=true", "=false"):
+            value = "=" + value[1:].capitalize()
+        if name in given:
+            raise ValueError(f"--{name} is given twice; give it once, with all its values behind it")
+        given.add(name)
+        words.append(f"--{name}{value}")
     return words
 
 
-def given_flags(words: list[str]) -> set[str]:
-    """The names of the flags in a normalised command line."""
-    return {word[2:] for word in words if re.fullmatch(r"--[A-Za-z]\w*", word)}
-
-
-def parse_command_line(kind: type, words: list[str], doc: str | None, default=None):
+def parse_flags(kind: type, words: list[str], doc: str | None, default=None):
     """A normalised command line as an instance of the dataclass `kind`. Raises ValueError with one sentence; --help exits with 0."""
     import tyro
 
-    options = {"use_underscores": True, "config": (tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff)}
-    if default is not None:
-        options["default"] = default
+    options = {} if default is None else {"default": default}
+    options |= {"use_underscores": True, "config": (tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff)}
     captured = io.StringIO()
     try:
         with contextlib.redirect_stderr(captured):
@@ -125,14 +226,39 @@ def parse_command_line(kind: type, words: list[str], doc: str | None, default=No
     except SystemExit as stop:
         if not stop.code:
             raise
-        text = re.sub(r"╭─.*?╮|[│╰╯]|─+|-{5,}", " ", captured.getvalue())
-        text = re.split(r"Argument helptext:|For full helptext", " ".join(text.split()))[0]
-        raise ValueError(text.strip() + ("" if text.strip().endswith(".") else ".") + " See --help.") from None
+        text = " ".join(re.sub(r"╭─.*?╮|[│╰╯]|─+|-{5,}", " ", captured.getvalue()).split())  # tyro draws a box around its sentence
+        text = re.split(r"Argument helptext:|For full helptext", text)[0].strip()
+        raise ValueError(text.removesuffix(".") + ". See --help.") from None
+
+
+def asked_values(words: list[str], *configs) -> dict[str, object]:
+    """Name -> value, taken from the parsed configurations, of the flags in a normalised command line."""
+    given = {match[1] for word in words if (match := re.match(r"--([A-Za-z]\w*)", word))}
+    return {f.name: getattr(config, f.name) for config in configs for f in dataclasses.fields(config) if f.name in given}
 
 
 def read_command_line(kind: type, argv: list[str] | None, doc: str | None, aliases: dict[str, str] | None = None):
     """The command line (sys.argv if None) as an instance of the dataclass `kind`, whose fields are the flags."""
-    return parse_command_line(kind, normalize_flags(kind, sys.argv[1:] if argv is None else list(argv), aliases or {}), doc)
+    return parse_flags(kind, normalize_flags(kind, sys.argv[1:] if argv is None else list(argv), aliases or {}), doc)
+
+
+def parse_weighted(text: str) -> tuple[str, Fraction | None]:
+    """`PATH` or `PATH:0.7` as (path, weight). Read from the right, so that C:\\x stays a path, as does what exists. Raises ValueError."""
+    path, colon, weight = text.rpartition(":")
+    if not colon or not path or not weight or not (weight[0].isdigit() or weight[0] in ".-+") or Path(text).exists():
+        return text, None
+    try:
+        value = Fraction(weight)
+    except (ValueError, ZeroDivisionError):
+        return text, None
+    if value <= 0:
+        raise ValueError(f"{text!r}: a weight must be above 0; leave it out instead")
+    return path, value
+
+
+def derived_seed(*parts: object) -> int:
+    """A 63-bit seed that is a pure function of its parts, so that each use of random numbers has a stream of its own."""
+    return int.from_bytes(hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest(), "big") >> 1
 
 
 # ---------------------------------------------------------------- files
@@ -166,6 +292,16 @@ def write_atomically(path: Path, write: Callable[[typing.BinaryIO], object]) -> 
     fsync_directory(path.parent)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file atomically. Raises OSError."""
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write a JSON file for people and programs, atomically. Raises OSError."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
 # ---------------------------------------------------------------- signals
 
 
@@ -192,7 +328,7 @@ class StopSignal:
         return self.number is not None
 
 
-# ---------------------------------------------------------------- device and precision
+# ---------------------------------------------------------------- the machine
 
 
 def choose_device(requested: str) -> str:
@@ -255,3 +391,52 @@ def choose_compile(device: str, requested: bool | str, run_flops: float) -> tupl
     if kind == "cpu" and run_flops >= COMPILE_PAYS_FLOPS:
         return True, "a run of this length wins the compilation's time back"
     return False, "it would not pay in this run"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where and how a run computes, decided once, with reasons for people. dtype: torch's, of forward and backward passes."""
+
+    device: str
+    dtype: typing.Any
+    dtype_reason: str
+    compile: bool
+    compile_reason: str
+
+    @classmethod
+    def choose(cls, device: str, dtype: str, compile: bool | str, run_flops: float) -> "Machine":
+        """device: as choose_device gave it. run_flops: floating-point operations of the whole run. Raises ValueError."""
+        return cls(device, *choose_precision(device, dtype), *choose_compile(device, compile, run_flops))
+
+    @property
+    def kind(self) -> str:
+        """cpu, cuda or mps."""
+        return self.device.partition(":")[0]
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    def autocast(self):
+        """The context of forward passes. Weights stay float32."""
+        import torch
+
+        return torch.autocast(self.kind, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+
+@contextlib.contextmanager
+def explained_failures(device: str, advice: str, processes: int = 1) -> Iterator[None]:
+    """What torch raises for a full memory becomes a ValueError with advice, and for a lost process of several a ConnectionError."""
+    import torch
+
+    try:
+        yield
+    except RuntimeError as error:
+        text = " ".join(str(error).split())
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in text:
+            raise ValueError(f"the memory of {device} is full; {advice}") from None
+        if processes > 1 and (isinstance(error, torch.distributed.DistError) or "gloo" in text or "NCCL" in text):
+            raise ConnectionError(
+                f"another process of this run has ended or can't be reached; start it again with --resume auto ({text[:100]})"
+            ) from None
+        raise

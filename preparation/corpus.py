@@ -8,16 +8,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 import xxhash
 
-from formats.data_directory import parse_weighted
 from preparation import sample_corpus
 from preparation.cleaning import Cleaning, KeySet, skeleton
 from preparation.sources import Format, HubSplit, TextFile, find_files, open_dataset
-from utils import notice
+from utils import notice, parse_weighted
 
 POSITION_BELOW = 100  # fewer documents than this are split by position
 BYTES_PER_TOKEN = 4  # of an ordinary tokenizer, where only a limit in tokens is known
@@ -136,14 +134,14 @@ class Corpus:
         whole: dict[str, list[TextFile]] = {split: list(find_files(names, form)) for split, names in given.items()}
         divided: list[tuple[list[TextFile], Fraction | None]] = []
         for text in datasets:
-            name, weight = (text, None) if Path(text).exists() else parse_weighted(text)
+            name, weight = parse_weighted(text)
             splits = open_dataset(name, dataset_config, form)
             divided.append(([splits["train"]], weight))
             for split, theirs in (("val", "validation"), ("test", "test")):
                 if theirs in splits and not given[split]:
                     whole[split].append(splits[theirs])
         for text in inputs:
-            name, weight = (text, None) if Path(text).exists() else parse_weighted(text)
+            name, weight = parse_weighted(text)
             divided.append((find_files([name], form), weight))
         self.weights = [weight for _, weight in divided if weight is not None]
         if self.weights and len(self.weights) < len(divided):

@@ -1,22 +1,127 @@
-"""Which windows an optimizer step reads in which process, and how they get to the device: pure functions of the step's number."""
+"""The order in which training reads the data, a pure function of (seed, step), and how its windows get to the device."""
 
-import hashlib
+import math
+from fractions import Fraction
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from formats.data_directory import TrainingData
+from formats.data_directory import DTYPE, DataDirectory
 
-
-def step_seed(seed: int, step: int, micro_step: int, rank: int) -> int:
-    """Seed of dropout: a pure function, so that nothing else that draws random numbers changes a training."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{step}/{micro_step}/{rank}".encode(), digest_size=8).digest(), "big") >> 1
+# ---------------------------------------------------------------- pure functions
 
 
 def samples_of_step(step: int, windows: int, rank: int = 0, processes: int = 1) -> np.ndarray:
     """The sample numbers (windows / processes,) of an optimizer step in one process: every so many, so that all together read in order."""
     return step * windows + np.arange(rank, windows, processes)
+
+
+def epoch_starts(seed: int, source: int, epoch: int, n_tokens: int, block_size: int) -> np.ndarray:
+    """Where each window of an epoch starts, (windows,) int64, in the order in which they are read.
+
+    Windows lie block_size apart from an offset drawn per epoch, so that every token is a target at most once per epoch.
+    RandomState's stream is frozen (NEP 19): the order stays the same with every numpy.
+    """
+    rng = np.random.RandomState(np.random.MT19937(np.random.SeedSequence((seed, source, epoch))))
+    n = windows(n_tokens, block_size)
+    offset = rng.randint(min(block_size, n_tokens - n * block_size))
+    return offset + rng.permutation(n) * block_size
+
+
+def windows(n_tokens: int, block_size: int) -> int:
+    """Number of windows in an epoch, the same for every offset."""
+    return max(1, n_tokens // block_size - 1)
+
+
+def assign(index: np.ndarray, weights: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Sample numbers -> (source, sample number within the source), so that each source gets its share to within a sample or two."""
+    rest, total = index.copy(), sum(weights)
+    source, within = np.full(len(index), len(weights) - 1), np.empty_like(index)
+    undecided = np.ones(len(index), bool)
+    for s, weight in enumerate(weights[:-1]):
+        before = rest * weight // total
+        mine = undecided & ((rest + 1) * weight // total > before)
+        source[mine], within[mine] = s, before[mine]
+        undecided &= ~mine
+        rest, total = rest - before, total - weight
+    within[undecided] = rest[undecided]
+    return source, within
+
+
+def whole_shares(weights: list[Fraction]) -> list[int]:
+    """Weights as whole numbers in the same proportion, exact unless they would be too large for 64-bit arithmetic on sample numbers."""
+    scale = math.lcm(*(weight.denominator for weight in weights))
+    shares = [int(weight * scale) for weight in weights]
+    if sum(shares) > 10**6:
+        shares = [max(1, round(weight / sum(weights) * 10**6)) for weight in weights]
+    return [share // math.gcd(*shares) for share in shares]
+
+
+# ---------------------------------------------------------------- windows
+
+
+class TrainingData:
+    """Windows of the training splits of several directories, in an order that is a pure function of (seed, sample number).
+
+    Without weights one epoch is every window of every directory once; with weights the directories are mixed in those shares.
+    fingerprint: what identifies data and mixture, in plain values. Raises ValueError for different tokenizers, a directory named twice or
+    without any whole window, or weights for some directories only.
+    """
+
+    def __init__(self, directories: list[DataDirectory], weights: list[Fraction | None], block_size: int, seed: int):
+        first = directories[0]
+        if len({directory.path.resolve() for directory in directories}) < len(directories):
+            raise ValueError("a data directory is named twice; name each once, with a weight if one should count for more")
+        for other in directories[1:]:
+            if other.tokenizer.sha256 != first.tokenizer.sha256:
+                raise ValueError(f"{first.name} and {other.name} have different tokenizers; prepare both with the same --tokenizer PATH")
+        given = [weight is not None for weight in weights]
+        if any(given) and not all(given):
+            raise ValueError("give a weight to every data directory or to none, e.g. --data_dir a:0.7 b:0.3")
+        self.sources = [directory.tokens("train") for directory in directories]
+        for directory, source in zip(directories, self.sources):
+            if len(source) < block_size + 1:
+                raise ValueError(
+                    f"the train split of {directory.name} has {len(source)} tokens, fewer than block_size + 1 = {block_size + 1}; "
+                    "give more text or a smaller --block_size"
+                )
+        self.windows = [windows(len(source), block_size) for source in self.sources]
+        self.mixed = all(given)
+        self.weights = whole_shares(weights) if self.mixed else self.windows
+        self.block_size, self.seed = block_size, seed
+        shares = map(str, self.weights) if self.mixed else [""] * len(directories)
+        self.fingerprint = [{"share": share, **directory.fingerprint()} for directory, share in zip(directories, shares)]
+        self.epochs: list[dict[int, np.ndarray]] = [{} for _ in self.sources]  # the two epochs of each source read last
+        self.samples_per_epoch = sum(self.windows)
+
+    def order(self, source: int, epoch: int) -> np.ndarray:
+        """epoch_starts of a source, kept for two epochs: a batch may run across an epoch's end."""
+        kept = self.epochs[source]
+        if epoch not in kept:
+            if len(kept) == 2:
+                del kept[min(kept)]
+            kept[epoch] = epoch_starts(self.seed, source, epoch, len(self.sources[source]), self.block_size)
+        return kept[epoch]
+
+    def locate(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Sample numbers (n,) int64 -> the source of each sample and where its window starts there, both (n,) int64."""
+        source, within = assign(index, self.weights)
+        start = np.empty_like(index)
+        epoch, at = np.divmod(within, np.asarray(self.windows)[source])
+        for s, e in set(zip(source.tolist(), epoch.tolist())):
+            mine = (source == s) & (epoch == e)
+            start[mine] = self.order(s, e)[at[mine]]
+        return source, start
+
+    def batch(self, index: np.ndarray) -> np.ndarray:
+        """Samples by their numbers (n,) int64, as windows of block_size tokens and the one behind them: (n, block_size + 1) uint16."""
+        source, start = self.locate(index)
+        rows = np.empty((len(index), self.block_size + 1), DTYPE)
+        for s in set(source.tolist()):
+            mine = source == s
+            rows[mine] = self.sources[s][start[mine, None] + np.arange(self.block_size + 1)]
+        return rows
 
 
 class Batches:
