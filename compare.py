@@ -7,65 +7,69 @@ Each run reads the same documents with its own tokenizer; bits per byte make the
 paired per document, which takes most of the chance out of them. They compare these models: for a claim about datasets, train several seeds.
 """
 
-from utils import choose_device, needs_packages, notice, read_command_line, run_script, write_atomically
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
-with needs_packages():
-    import json
-    import math
-    from dataclasses import dataclass
-    from pathlib import Path
+import numpy as np
+import tyro
+from tqdm import tqdm
 
-    import numpy as np
-    import tyro
-    from tqdm import tqdm
-
-    from evaluation.measures import score_tokens, why_no_bits_per_byte
-    from formats.checkpoint import load_model
-    from formats.data_directory import DTYPE, SPLITS, DataDirectory
+from evaluation.measures import score_tokens, why_no_bits_per_byte
+from formats.data_directory import DTYPE, DataDirectory
+from formats.run_directory import load_model
+from utils import Checked, Count, choose_device, notice, read_command_line, run_script, write_json
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(Checked):
     """Flags of compare.py."""
 
     runs: tyro.conf.Positional[tuple[str, ...]]
     """Runs, as evaluate.py --checkpoint takes them; two or more."""
     data_dir: tuple[str, ...] = ("./data",)
     """Data directories whose documents are read."""
-    split: str = "test"
-    """Split of each data directory."""
-    max_documents: int | None = None
+    split: Literal["train", "val", "test"] | None = None
+    """Split of each data directory. Default: test, or val where there is no test."""
+    max_documents: Count | None = None
     """Read only this many documents of each split, from its beginning."""
-    batch_size: int = 32
+    batch_size: Count = 32
     """Windows in one forward pass; does not change the results."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     output: str | None = None
     """JSON file for the results."""
 
-    def __post_init__(self):
+    def problems(self) -> list[str]:
         problems = []
         if len(self.runs) < 2:
             problems.append("give two or more runs to compare")
         if len(set(self.runs)) < len(self.runs) or len(set(self.data_dir)) < len(self.data_dir):
             problems.append("a run or data directory is named twice; name each once")
-        if self.split not in SPLITS:
-            problems.append(f"split={self.split!r} is unknown; take {', '.join(SPLITS)}")
-        if self.batch_size < 1 or (self.max_documents is not None and self.max_documents < 1):
-            problems.append("batch_size and max_documents must be at least 1")
-        if problems:
-            raise ValueError("; ".join(problems))
+        if not self.data_dir:
+            problems.append("--data_dir needs a directory whose documents are read")
+        return problems
 
 
-def read_documents(name: str, split: str, limit: int | None) -> list[str]:
+def choose_split(data: DataDirectory, asked: str | None) -> str:
+    """The split whose documents are read; told where it isn't test."""
+    if asked is None and "test" not in data.splits and "val" in data.splits:
+        notice(f"{data.name} has no test split; its val split is read")
+        return "val"
+    return asked or "test"
+
+
+def read_documents(data: DataDirectory, split: str, limit: int | None) -> list[str]:
     """The documents of a split as text. Raises ValueError where its tokenizer can't give them back."""
-    data = DataDirectory(name)
     tokens = np.asarray(data.tokens(split))
     reason = why_no_bits_per_byte(data.tokenizer, tokens)
     if reason:
-        raise ValueError(f"{name} can't be compared on: {reason}; prepare it with a byte-level tokenizer, e.g. --tokenizer bpe")
-    ends = np.flatnonzero(tokens == data.tokenizer.eot_id)[:limit]
-    return [data.tokenizer.decode(tokens[start:end].tolist()) for start, end in zip([0, *(ends[:-1] + 1)], ends)]
+        raise ValueError(f"{data.name} can't be compared on: {reason}; prepare it with a byte-level tokenizer, e.g. --tokenizer bpe")
+    ends = np.flatnonzero(tokens == data.tokenizer.eot_id)
+    if not len(ends) or ends[-1] + 1 < len(tokens):  # nanoGPT's files don't end with an EOT
+        ends = np.append(ends, len(tokens))
+    return [data.tokenizer.decode(tokens[start:end].tolist()) for start, end in zip([0, *(ends[:-1] + 1)], ends[:limit])]
 
 
 def document_bits(run: str, texts: list[str], device: str, batch_size: int) -> np.ndarray:
@@ -77,7 +81,7 @@ def document_bits(run: str, texts: list[str], device: str, batch_size: int) -> n
     if reason:
         raise ValueError(f"{path} can't be compared: {reason}; train it with a byte-level tokenizer")
     with tqdm(total=len(tokens), desc=run, unit="token", unit_scale=True, disable=None, leave=False) as bar:
-        score = score_tokens(model, tokens, tokenizer.eot_id, model.config.block_size, device, batch_size, progress=bar.update)
+        score = score_tokens(model, tokens, tokenizer.eot_id, batch_size, progress=bar.update)
     return score.per_document(tokens, tokenizer.eot_id) / math.log(2)
 
 
@@ -107,12 +111,14 @@ def main(argv: list[str] | None = None) -> int:
     args = read_command_line(Arguments, argv, __doc__)
     device, results = choose_device(args.device), {}
     for name in args.data_dir:
-        texts = read_documents(name, args.split, args.max_documents)
+        data = DataDirectory(name)
+        split = choose_split(data, args.split)
+        texts = read_documents(data, split, args.max_documents)
         n_bytes = np.array([len(text.encode()) for text in texts], float)
         bits = {run: document_bits(run, texts, device, args.batch_size) for run in args.runs}
         ranked = sorted(args.runs, key=lambda run: bits[run].sum())
         width = max(map(len, args.runs))
-        print(f"{name} {args.split}: {len(texts):,} documents, {int(n_bytes.sum()):,} bytes")
+        print(f"{name} {split}: {len(texts):,} documents, {int(n_bytes.sum()):,} bytes")
         results[name] = {}
         for run in ranked:
             per_byte = float(bits[run].sum() / n_bytes.sum())
@@ -127,9 +133,8 @@ def main(argv: list[str] | None = None) -> int:
                 "standard_error": None if math.isnan(error) else error,
             }
     if args.output:
-        output = Path(args.output)
-        write_atomically(output, lambda file: file.write((json.dumps(results, indent=2) + "\n").encode()))
-        notice(f"written to {output}")
+        write_json(Path(args.output), results)
+        notice(f"written to {args.output}")
     return 0
 
 

@@ -7,6 +7,7 @@ python prepare_data.py --dataset roneneldan/TinyStories --max_documents 100000 -
 """
 
 import dataclasses
+import hashlib
 import io
 import json
 import math
@@ -21,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from formats.data_directory import FLOOR, PICTURE, REPORT, SPLITS, DataDirectoryWriter
+from formats.data_directory import FLOOR, META, PICTURE, REPORT, SPLITS, DataDirectory, DataDirectoryWriter
 from formats.tokenizer import EOT, KINDS, TextTokenizer, load_tokenizer
 from preparation import portrait as data_report
 from preparation.cleaning import Cleaning, KeySet
@@ -325,6 +326,17 @@ def prepare(args: Arguments) -> dict:
         if args.report:
             extra |= portrait(selection, writer, counts, Path(args.output).resolve().name)
         return writer.commit(tokenizer, meta, extra)
+
+
+def is_prepared(args: Arguments) -> bool:
+    """Whether the output holds already what these arguments would make of a single input file of the same content."""
+    output = Path(args.output)
+    if not (output / META).is_file() or len(args.input) != 1 or not Path(args.input[0]).is_file():
+        return False
+    meta = DataDirectory(output).meta
+    with open(args.input[0], "rb") as file:
+        same_source = [source["sha256"] for source in meta["sources"]] == [hashlib.file_digest(file, "sha256").hexdigest()]
+    return same_source and recorded(args).items() <= meta.items()
 
 
 def tell(meta: dict) -> None:

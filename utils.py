@@ -227,7 +227,7 @@ def parse_flags(kind: type, words: list[str], doc: str | None, default=None):
         if not stop.code:
             raise
         text = " ".join(re.sub(r"╭─.*?╮|[│╰╯]|─+|-{5,}", " ", captured.getvalue()).split())  # tyro draws a box around its sentence
-        text = re.split(r"Argument helptext:|For full helptext", text)[0].strip()
+        text = re.split(r"Argument helptext:|For full helptext", re.sub(r"^Error parsing (?!--)\w+: ", "", text))[0].strip()
         raise ValueError(text.removesuffix(".") + ". See --help.") from None
 
 
@@ -424,9 +424,13 @@ class Machine:
         return torch.autocast(self.kind, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
 
+class LostProcess(RuntimeError):
+    """Another of the processes that train together has ended."""
+
+
 @contextlib.contextmanager
 def explained_failures(device: str, advice: str, processes: int = 1) -> Iterator[None]:
-    """What torch raises for a full memory becomes a ValueError with advice, and for a lost process of several a ConnectionError."""
+    """What torch raises for a full memory becomes a ValueError with advice, and for another process that is gone a LostProcess."""
     import torch
 
     try:
@@ -436,7 +440,8 @@ def explained_failures(device: str, advice: str, processes: int = 1) -> Iterator
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in text:
             raise ValueError(f"the memory of {device} is full; {advice}") from None
         if processes > 1 and (isinstance(error, torch.distributed.DistError) or "gloo" in text or "NCCL" in text):
-            raise ConnectionError(
-                f"another process of this run has ended or can't be reached; start it again with --resume auto ({text[:100]})"
+            rank = os.environ.get("RANK")
+            raise LostProcess(
+                f"rank {rank}: another process of this run has ended or can't be reached; start it again with --resume auto ({text[:100]})"
             ) from None
         raise

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from formats.data_directory import DataDirectory
 from formats.tokenizer import TextTokenizer
 from models import GPT
 
@@ -48,8 +47,6 @@ def score_tokens(
     model: GPT,
     tokens: np.ndarray,
     eot_id: int,
-    block_size: int,
-    device: str = "cpu",
     batch_size: int = 32,
     stride: int | None = None,
     autocast: torch.dtype | None = None,
@@ -61,10 +58,10 @@ def score_tokens(
     autocast: precision of the forward pass, None for that of the weights. stop: asked before each batch; if it says so, None is returned.
     progress: called with the number of tokens of each batch.
     """
+    block_size, device = model.config.block_size, model.device
     stream = np.concatenate(([eot_id], tokens)).astype(np.int64)
     nats, hits = np.empty(len(tokens)), np.empty(len(tokens), bool)
     spans = list(strided_windows(len(tokens), block_size, stride or block_size))
-    kind = torch.device(device).type
     while spans:
         if stop():
             return None
@@ -74,7 +71,7 @@ def score_tokens(
         x = torch.from_numpy(np.stack([stream[start:end] for start, end, _ in batch])).to(device)
         y = torch.from_numpy(np.stack([stream[start + 1 : end + 1] for start, end, _ in batch])).to(device)
         batch_nats, batch_hits = [], []
-        with torch.autocast(kind, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+        with torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
             features = model.features(x).flatten(0, 1)  # (B T, C)
             for rows, targets in zip(features.split(ROWS), y.flatten().split(ROWS), strict=True):
                 logits = F.linear(rows, model.wte.weight).float()
@@ -109,36 +106,3 @@ def why_no_bits_per_byte(tokenizer: TextTokenizer, tokens: np.ndarray) -> str | 
 def text_bytes(tokenizer: TextTokenizer, tokens: np.ndarray) -> int:
     """UTF-8 bytes of the documents that `tokens` spell, EOTs not counted."""
     return len(tokenizer.decode(tokens.tolist()).encode())
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """The fixed beginning of a split on which training validates. tokens: (n,) uint16; n_bytes: their text, None if it can't be counted;
-    floor_bits: what a perfect model of the sample corpus needs for the same documents, None for other data."""
-
-    tokens: np.ndarray
-    n_bytes: int | None
-    floor_bits: float | None
-
-
-def split_prefix(data: DataDirectory, split: str, limit: int) -> Prefix:
-    """The whole split if it has at most `limit` tokens, else its beginning, up to the last document that ends before the limit.
-
-    A first document longer than the limit is cut, between characters.
-    """
-    tokens = data.tokens(split)
-    whole = len(tokens) <= limit
-    if not whole:
-        ends = np.flatnonzero(tokens[:limit] == data.tokenizer.eot_id)
-        cut = int(ends[-1]) + 1 if len(ends) else limit
-        while not len(ends) and cut > 1 and data.tokenizer.decode(tokens[:cut].tolist()).endswith("\ufffd"):
-            cut -= 1
-        tokens = tokens[:cut]
-    tokens = np.asarray(tokens)
-    n_bytes = None
-    if why_no_bits_per_byte(data.tokenizer, tokens) is None:
-        n_bytes = data.meta["splits"][split]["bytes"] if whole and data.meta else text_bytes(data.tokenizer, tokens)
-    floor = data.floor(split)
-    documents = int((tokens == data.tokenizer.eot_id).sum())
-    whole_documents = len(tokens) > 0 and tokens[-1] == data.tokenizer.eot_id
-    return Prefix(tokens, n_bytes, sum(floor[:documents]) if floor is not None and whole_documents else None)

@@ -1,28 +1,16 @@
-"""Checkpoints: a run directory's contract on disk.
+"""Checkpoints: .pt files of tensors and plain Python values only, which carry their tokenizer. Integrity is checked before each load."""
 
-A run directory holds best_model.pt (weights only), step_00001000.pt (complete, resumable), metrics.jsonl, config.json, loss.png.
-A .pt file holds tensors and plain Python values only, and carries its tokenizer.
-"""
-
-import dataclasses
-import json
-import re
-import shutil
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from config import GPTConfig
-from formats.huggingface import config_from_hf, from_hf
-from formats.metrics import METRICS
 from formats.tokenizer import TextTokenizer
 from models import GPT
-from utils import fsync_directory, notice, write_atomically
+from utils import write_atomically
 
 FORMAT_VERSION = 1
-BEST = "best_model.pt"
 REQUIRED = {"format_version", "model_config", "train_config", "tokenizer", "data", "step", "model"}
 
 
@@ -57,63 +45,6 @@ def load_checkpoint(path: Path) -> dict:
     return content
 
 
-def load_hf_folder(path: Path) -> dict:
-    """A folder of transformers (GPT-2 or Qwen3) as the content of a checkpoint. Raises ValueError where ours can't be the same model."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        values = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        config = config_from_hf(values)
-        index = path / "model.safetensors.index.json"
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["model.safetensors"]
-        outside = [name for name in names if Path(name).name != name]
-        if outside:
-            raise ValueError(f"it names {outside[0]!r}, a file outside of the folder")
-        weights = {key: weight for name in names for key, weight in load_file(path / name).items()}
-        tokenizer = (path / "tokenizer.json").read_bytes().decode()
-        model = from_hf(config, weights)
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"{path} has no {Path(str(error.filename or error)).name}; an HF folder needs config.json, safetensors and tokenizer.json"
-        ) from None
-    except (ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
-        raise ValueError(f"{path} can't be read as an HF folder: {' '.join(str(error).split())[:200]}") from None
-    return {
-        "format_version": FORMAT_VERSION,
-        "model_config": dataclasses.asdict(config),
-        "train_config": {},
-        "tokenizer": tokenizer,
-        "data": [],
-        "step": 0,
-        "model": model,
-    }
-
-
-def is_hf_folder(path: Path) -> bool:
-    return (path / "config.json").is_file() and any(path.glob("*.safetensors*"))
-
-
-def find_checkpoint(name: str) -> Path:
-    """What `--checkpoint NAME` means: a .pt file, a run directory (its best model), an HF folder, or a bare name under ./checkpoints.
-
-    Raises FileNotFoundError that lists what there is.
-    """
-    for path in (Path(name), Path("checkpoints") / name):
-        if path.is_file():
-            return path
-        if path.is_dir():
-            for candidate in (path / BEST, *step_checkpoints(path)):
-                if candidate.is_file():
-                    return candidate
-            if is_hf_folder(path):
-                return path
-    there = sorted(str(path) for path in Path("checkpoints").glob(f"**/{BEST}"))
-    raise FileNotFoundError(
-        f"no checkpoint at {name}; " + (f"there is {', '.join(there)}" if there else "train a model first: python train.py")
-    )
-
-
 def build_model(content: dict, name: str, device: str = "cpu") -> tuple[GPT, TextTokenizer]:
     """The network of a checkpoint in evaluation mode, and its tokenizer. Raises ValueError where weights and configuration disagree."""
     try:
@@ -130,115 +61,3 @@ def load_weights(model: GPT, weights: dict, name: str) -> None:
         model.load_state_dict({key.removeprefix("_orig_mod."): value for key, value in weights.items()})
     except RuntimeError as error:
         raise ValueError(f"{name}: weights and configuration do not fit together ({' '.join(str(error).split())[:200]})") from None
-
-
-def load_model(name: str, device: str = "cpu") -> tuple[GPT, TextTokenizer, Path, dict]:
-    """What `--checkpoint NAME` means: network in evaluation mode, tokenizer, the file or HF folder, its content."""
-    path = find_checkpoint(name)
-    content = load_hf_folder(path) if path.is_dir() else load_checkpoint(path)
-    model, tokenizer = build_model(content, str(path), device)
-    return model, tokenizer, path, content
-
-
-# ---------------------------------------------------------------- a run directory
-
-
-def step_path(run: Path, step: int) -> Path:
-    return run / f"step_{step:08d}.pt"
-
-
-def step_checkpoints(run: Path) -> list[Path]:
-    """The complete checkpoints of a run, newest first."""
-    return sorted((path for path in run.glob("step_*.pt") if re.fullmatch(r"step_\d{8,}\.pt", path.name)), reverse=True)
-
-
-def newest_checkpoint(run: Path) -> tuple[Path, dict] | None:
-    """The newest complete checkpoint that is whole; damaged newer ones are named. None if the run has none at all.
-
-    Raises ValueError if all are damaged.
-    """
-    paths = step_checkpoints(run)
-    for path in paths:
-        try:
-            return path, load_checkpoint(path)
-        except ValueError as error:
-            notice(f"warning: {error}")
-    if paths:
-        raise ValueError(f"no checkpoint in {run} can be read; start again with --overwrite")
-    return None
-
-
-def is_whole(path: Path) -> bool:
-    try:
-        load_checkpoint(path)
-    except ValueError:
-        return False
-    return True
-
-
-def delete_old_checkpoints(run: Path, keep: int | str) -> None:
-    """Keep the newest `keep` step checkpoints (a number, or "all")."""
-    if keep != "all":
-        for path in step_checkpoints(run)[keep:]:
-            path.unlink()
-
-
-def is_occupied(run: Path) -> bool:
-    """Whether a directory holds a run, whole or begun."""
-    return (run / METRICS).exists() or (run / BEST).exists() or bool(step_checkpoints(run))
-
-
-def find_resumed(resume: str | None, run: Path) -> tuple[Path, dict] | None:
-    """The step checkpoint that --resume asks for; None to start from the beginning. Raises FileNotFoundError, ValueError."""
-    if resume is None:
-        return None
-    if resume != "auto" and Path(resume).is_file():
-        content = load_checkpoint(Path(resume))
-        if "resume" not in content:
-            raise ValueError(f"{resume} holds weights only and can't be resumed; give a step_*.pt or the run directory")
-        return Path(resume), content
-    found = newest_checkpoint(run if resume == "auto" else Path(resume))
-    if found is None and resume != "auto":
-        raise FileNotFoundError(f"no checkpoint at {resume}; give a run directory or a step_*.pt, or start without --resume")
-    return found
-
-
-def is_claimed(run: Path, resume: str | None, same_run: Callable[[dict], bool], finished: Callable[[dict], bool]) -> bool:
-    """Whether a new run's directory holds that very run, finished. Raises ValueError if it holds another one that must not be deleted."""
-    if not is_occupied(run):
-        return False
-    newest = newest_checkpoint(run)
-    if newest is not None and same_run(newest[1]) and finished(newest[1]):
-        return True
-    best = run / BEST
-    if resume == "auto" and newest is None and (not best.exists() or same_run(load_checkpoint(best))):
-        return False  # this run, begun, but stopped before its first complete checkpoint
-    raise ValueError(f"{run} holds another run; continue it with --resume auto, delete it with --overwrite, or choose another --out_dir")
-
-
-def check_branch(path: Path, run: Path) -> None:
-    """Refuse to resume `path` where newer checkpoints would be mixed with those to come, or into another run's directory.
-
-    Newer ones that are damaged are set aside. Raises ValueError.
-    """
-    if path.parent.resolve() != run.resolve():
-        if is_occupied(run):
-            raise ValueError(f"{run} holds a run already; choose another --out_dir to continue {path} in")
-        return
-    newer = [p for p in step_checkpoints(run) if p.name > path.name]
-    for damaged in [p for p in newer if not is_whole(p)]:
-        damaged.rename(damaged.with_suffix(".pt.damaged"))
-        newer.remove(damaged)
-    if newer:
-        raise ValueError(f"{run} goes on to {newer[0].name}; delete what is newer than {path.name}, or continue in another --out_dir")
-
-
-def clear_run(run: Path) -> None:
-    """Delete what a run wrote into its directory, and what was exported from it; other files stay."""
-    for name in (BEST, METRICS, "config.json", "loss.png", "evaluation.json", "best_model.onnx", "best_model.ts.pt", "tokenizer.json"):
-        (run / name).unlink(missing_ok=True)
-    for name in ("hf", "tensorboard"):
-        shutil.rmtree(run / name, ignore_errors=True)
-    for path in step_checkpoints(run):
-        path.unlink()
-    fsync_directory(run)

@@ -168,6 +168,11 @@ class DataDirectory:
             )
         return meta
 
+    @property
+    def splits(self) -> list[str]:
+        """The splits that are there."""
+        return [split for split in SPLITS if (self.path / f"{split}.bin").is_file()]
+
     @functools.cache  # noqa: B019 - a handful of directories, open for the whole run
     def tokens(self, split: str) -> np.ndarray:
         """All token ids of a split, a read-only memmap (tokens,) uint16. Raises FileNotFoundError, ValueError."""
@@ -188,7 +193,7 @@ class DataDirectory:
             )
         return data
 
-    def floor(self, split: str) -> list[float] | None:
+    def entropy(self, split: str) -> list[float] | None:
         """Bits of each document of a sample corpus's split under the grammar that wrote it; None for other data."""
         path = self.path / FLOOR
         if self.meta is None or "sample" not in self.meta or not path.is_file():

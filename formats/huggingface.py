@@ -3,6 +3,10 @@
 gpt2 -> GPT2LMHeadModel, qwen3 -> Qwen3ForCausalLM. Rotary positions rotate the same halves there: no weight is permuted.
 """
 
+import dataclasses
+import json
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -165,3 +169,43 @@ def _rows(config: GPTConfig, name: str, rows: int) -> list[int] | int:
     if name.endswith("c_attn.weight"):
         return [heads * config.head_dim for heads in (config.n_head, config.kv_heads, config.kv_heads)]
     return config.mlp_width if name.endswith("c_fc.weight") else rows
+
+
+FORMAT_VERSION = 1
+
+
+def load_folder(path: Path) -> dict:
+    """A folder of transformers (GPT-2 or Qwen3) as the content of a checkpoint. Raises ValueError where ours can't be the same model."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        values = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        config = config_from_hf(values)
+        index = path / "model.safetensors.index.json"
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+        outside = [name for name in names if Path(name).name != name]
+        if outside:
+            raise ValueError(f"it names {outside[0]!r}, a file outside of the folder")
+        weights = {key: weight for name in names for key, weight in load_file(path / name).items()}
+        tokenizer = (path / "tokenizer.json").read_bytes().decode()
+        model = from_hf(config, weights)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{path} has no {Path(str(error.filename or error)).name}; an HF folder needs config.json, safetensors and tokenizer.json"
+        ) from None
+    except (ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
+        raise ValueError(f"{path} can't be read as an HF folder: {' '.join(str(error).split())[:200]}") from None
+    return {
+        "format_version": FORMAT_VERSION,
+        "model_config": dataclasses.asdict(config),
+        "train_config": {},
+        "tokenizer": tokenizer,
+        "data": [],
+        "step": 0,
+        "model": model,
+    }
+
+
+def is_folder(path: Path) -> bool:
+    return (path / "config.json").is_file() and any(path.glob("*.safetensors*"))

@@ -274,3 +274,9 @@ def load_tokenizer(path: str | Path) -> TextTokenizer:
         return TextTokenizer(path.read_text(encoding="utf-8"), str(path))
     except UnicodeDecodeError:
         raise ValueError(f"{path} is no Hugging Face tokenizer.json (not UTF-8); make one with tokenizer_train.py") from None
+
+
+def gpt2_tokenizer():
+    from preparation.tokenizer_kinds import gpt2_tokenizer
+
+    return gpt2_tokenizer()

@@ -7,9 +7,9 @@ import time
 
 import torch
 
-from formats import checkpoint as ckpt
-from formats import metrics as run_log
 from formats.data_directory import DataDirectory
+from formats.metrics import read_metrics
+from formats.run_directory import newest_checkpoint
 from formats.tokenizer import EOT
 from tests.conftest import ROOT
 
@@ -17,12 +17,12 @@ TIMING = {"tokens_per_second"}
 
 
 def lines(run) -> list[dict]:
-    return [{k: v for k, v in line.items() if k not in TIMING} for line in run_log.read_metrics(run / "metrics.jsonl")]
+    return [{k: v for k, v in line.items() if k not in TIMING} for line in read_metrics(run / "metrics.jsonl")]
 
 
 def assert_same_run(a, b):
     """Weights, optimizer state and metrics lines but for timing, without tolerance."""
-    (path_a, left), (path_b, right) = ckpt.newest_checkpoint(a), ckpt.newest_checkpoint(b)
+    (path_a, left), (path_b, right) = newest_checkpoint(a), newest_checkpoint(b)
     assert path_a.name == path_b.name
 
     def same(x, y, where):
@@ -31,7 +31,7 @@ def assert_same_run(a, b):
         elif isinstance(x, dict):
             assert x.keys() == y.keys(), where
             for key in x:
-                if key != "metrics":
+                if key not in ("metrics", "out_dir"):
                     same(x[key], y[key], f"{where}.{key}")
         elif isinstance(x, list):
             assert len(x) == len(y), where
@@ -53,7 +53,7 @@ def start(*args, program=ROOT / "train.py") -> subprocess.Popen:
 def wait_for_lines(run, count: int) -> None:
     deadline = time.time() + 120
     while time.time() < deadline:
-        if len(run_log.read_metrics(run / "metrics.jsonl")) >= count:
+        if len(read_metrics(run / "metrics.jsonl")) >= count:
             return
         time.sleep(0.02)
     raise AssertionError("the training wrote no metrics")

@@ -13,9 +13,11 @@ import pytest
 import torch
 
 import train
-from formats import checkpoint as ckpt
+from formats.data_directory import DataDirectory
+from formats.run_directory import newest_checkpoint, step_checkpoints
 from tests.conftest import ROOT, tiny
 from tests.runs import assert_same_run, lines, start, wait_for_lines
+from training.data_order import Batches, samples_of_step
 
 FACTORS = {
     "optimizer": ["muon", "adamw"],
@@ -55,13 +57,12 @@ def kill_at(tmp_path, step: int, arguments: list[str]) -> None:
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 import train
-from training import step as trainer
-original = trainer.Run.training_step
-def step(self, stop):
-    if self.progress.step == {step}:
+original = train.training_step
+def killed(learner, batches, step, stopped):
+    if step == {step}:
         os.kill(os.getpid(), signal.SIGKILL)
-    return original(self, stop)
-trainer.Run.training_step = step
+    return original(learner, batches, step, stopped)
+train.training_step = killed
 train.main()
 """
     )
@@ -85,7 +86,7 @@ def check_resume(tmp_path, sample_dir, combination: dict) -> None:
         )
     else:
         assert train.main([*arguments, "--out_dir", str(tmp_path / "whole")]) == 0
-    last = ckpt.newest_checkpoint(tmp_path / "whole")[1]["step"]
+    last = newest_checkpoint(tmp_path / "whole")[1]["step"]
     assert last > max(killed_at)
     parts = [*arguments, "--out_dir", str(tmp_path / "parts"), "--resume", "auto"]
     for step in killed_at:
@@ -124,8 +125,8 @@ def kill_at_random(tmp_path, sample_dir, kills: int, seed: int) -> None:
         time.sleep(rng.random() * 0.3)
         process.kill()
         process.communicate()
-        if ckpt.step_checkpoints(run):
-            ckpt.newest_checkpoint(run)  # whole
+        if step_checkpoints(run):
+            newest_checkpoint(run)  # whole
     assert train.main([*arguments, "--out_dir", str(run), "--resume", "auto"]) == 0
     assert_same_run(tmp_path / "whole", run)
 
@@ -142,26 +143,23 @@ def test_fifty_kills_at_random_moments(tmp_path, sample_dir):
 
 def test_ranks_read_what_one_process_reads():
     """Over the steps of a run, the union of the ranks is each sample once, in the order in which a single process reads them."""
-    from training import data_order as batches
-
-    alone = np.concatenate([batches.samples_of_step(step, 8) for step in range(30)])
+    alone = np.concatenate([samples_of_step(step, 8) for step in range(30)])
     assert alone.tolist() == list(range(240))
     for processes in (2, 4):
         for step in range(30):
-            shares = [batches.samples_of_step(step, 8, rank, processes) for rank in range(processes)]
-            assert sorted(np.concatenate(shares).tolist()) == batches.samples_of_step(step, 8).tolist()
-            assert np.stack(shares, axis=1).flatten().tolist() == batches.samples_of_step(step, 8).tolist()
+            shares = [samples_of_step(step, 8, rank, processes) for rank in range(processes)]
+            assert sorted(np.concatenate(shares).tolist()) == samples_of_step(step, 8).tolist()
+            assert np.stack(shares, axis=1).flatten().tolist() == samples_of_step(step, 8).tolist()
 
 
 def test_tokens_on_the_device_give_the_same_batches(tmp_path, sample_dir):
     """The way of a GPU, with the token files in its memory, against the way of a CPU; ids above 32,767 included."""
-    from formats.data_directory import DataDirectory, TrainingData
-    from training import data_order as batches
+    from formats.data_directory import TrainingData
 
     shutil.copytree(sample_dir, tmp_path / "other")
     data = TrainingData([DataDirectory(sample_dir), DataDirectory(tmp_path / "other")], [None, None], 32, seed=3)
     data.sources = [np.random.RandomState(i).randint(0, 65536, len(s)).astype("<u2") for i, s in enumerate(data.sources)]
     index = np.array([0, 5, 3 * data.samples_per_epoch - 1, data.samples_per_epoch, 77])
-    expected = batches.Batches(data, "cpu", resident=False)(index)
-    got = batches.Batches(data, "cpu", resident=True)(index)
+    expected = Batches(data, "cpu", resident=False)(index)
+    got = Batches(data, "cpu", resident=True)(index)
     assert got.dtype == expected.dtype == torch.int64 and torch.equal(got, expected) and expected.max() > 40_000

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from config import GPTConfig, TrainConfig
-from formats import checkpoint as ckpt
+from formats.checkpoint import load_checkpoint
+from formats.run_directory import step_checkpoints
 from models import GPT
 from tests.conftest import ROOT, tiny
 from tests.runs import assert_same_run, start, wait_for_lines
@@ -26,7 +27,7 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(tmp_path, small_
     script("train.py", *arguments, "--out_dir", tmp_path / "whole")
     process = script("train.py", *arguments, "--out_dir", small_disk / "run", code=2)
     assert "is the disk full?" in process.stderr or "No space left" in process.stderr
-    assert [path.name for path in ckpt.step_checkpoints(small_disk / "run")] == ["step_00000004.pt"]
+    assert [path.name for path in step_checkpoints(small_disk / "run")] == ["step_00000004.pt"]
     assert not list((small_disk / "run").glob("*.tmp"))
     subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
     script("train.py", *arguments, "--out_dir", small_disk / "run", "--resume", "auto")
@@ -41,13 +42,13 @@ def test_a_write_that_is_refused_leaves_the_old_file(tmp_path, trained_run):
     program = f"""
 import resource, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
-from formats import checkpoint as ckpt
+from formats.checkpoint import load_checkpoint, save_checkpoint
 from pathlib import Path
-content = ckpt.load_checkpoint(Path({str(path)!r}))
+content = load_checkpoint(Path({str(path)!r}))
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 try:
-    ckpt.save_checkpoint(Path({str(path)!r}), content)
+    save_checkpoint(Path({str(path)!r}), content)
 except OSError as error:
     sys.exit(7)
 """
@@ -85,7 +86,7 @@ def flip_bits(path: Path, content: dict, copy: Path, flips: int) -> None:
         damaged[rng.randint(len(whole))] ^= 1 << rng.randint(8)
         copy.write_bytes(damaged)
         try:
-            loaded = ckpt.load_checkpoint(copy)
+            loaded = load_checkpoint(copy)
         except ValueError as error:
             assert copy.name in str(error)
             found += 1
@@ -97,7 +98,7 @@ def flip_bits(path: Path, content: dict, copy: Path, flips: int) -> None:
 def test_every_flipped_bit_is_found_or_harmless(tmp_path, trained_run):
     """500 flips over a checkpoint of weights only and a complete one."""
     for name in ("best_model.pt", "step_00000030.pt"):
-        flip_bits(trained_run / name, ckpt.load_checkpoint(trained_run / name), tmp_path / "flipped.pt", 250)
+        flip_bits(trained_run / name, load_checkpoint(trained_run / name), tmp_path / "flipped.pt", 250)
 
 
 def test_truncated_and_foreign_files_are_refused(tmp_path, trained_run):
@@ -105,10 +106,10 @@ def test_truncated_and_foreign_files_are_refused(tmp_path, trained_run):
     for length in {0, 1, 100, len(whole) - 1, *np.random.RandomState(0).randint(0, len(whole), 60).tolist()}:
         path.write_bytes(whole[:length])
         with pytest.raises(ValueError, match=r"part\.pt is damaged"):
-            ckpt.load_checkpoint(path)
+            load_checkpoint(path)
     torch.save({"weights": torch.ones(3)}, path)
     with pytest.raises(ValueError, match="no checkpoint of this project"):
-        ckpt.load_checkpoint(path)
+        load_checkpoint(path)
 
 
 class Malicious:
@@ -126,7 +127,7 @@ def test_code_in_files_is_not_run(tmp_path, sample_dir, trained_run, mistake):
     code = Malicious(tmp_path / "owned")
     raw, archive = tmp_path / "raw.pt", tmp_path / "archive.pt"
     raw.write_bytes(pickle.dumps(code))
-    content = ckpt.load_checkpoint(trained_run / "step_00000030.pt")
+    content = load_checkpoint(trained_run / "step_00000030.pt")
     torch.save(content | {"model": code}, archive)
     for bad in (raw, archive):
         for name in ("generate.py", "evaluate.py", "export_model.py", "train.py"):
@@ -187,11 +188,10 @@ def test_a_second_signal_aborts(tmp_path, sample_dir):
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import train
-from training import step as trainer
-def evaluate(self, stop):
+def evaluate(*args):
     while True:
         time.sleep(0.05)
-trainer.Run.evaluate = evaluate
+train.evaluate = evaluate
 train.main()
 """
     )
@@ -227,7 +227,7 @@ def test_running_out_of_memory_is_one_sentence(tmp_path, sample_dir, mistake, mo
     def fail(*args):
         raise error
 
-    for place in ("train.seconds_per_step", "training.step.Run.training_step"):
+    for place in ("training.report.seconds_per_step", "train.training_step"):
         with monkeypatch.context() as patch:
             patch.setattr(place, fail)
             message = mistake("train.py", *tiny(data_dir=sample_dir, out_dir=tmp_path / place, batch_size=6), cwd=tmp_path)

@@ -10,9 +10,10 @@ import transformers
 import prepare_data
 import train
 from config import GPTConfig, TrainConfig
-from formats import checkpoint as ckpt
+from formats.checkpoint import load_checkpoint
 from formats.huggingface import config_from_hf, from_hf, to_hf
 from formats.metrics import read_metrics
+from formats.run_directory import load_model
 from formats.tokenizer import TextTokenizer
 from models import GPT
 from preparation.tokenizer_kinds import byte_tokenizer
@@ -57,7 +58,7 @@ def folder(request, tmp_path):
 
 @torch.inference_mode()
 def test_a_folder_of_transformers_gives_the_same_logits(folder):
-    model, tokenizer, _, _ = ckpt.load_model(str(folder))
+    model, tokenizer, _, _ = load_model(str(folder))
     ids = torch.randint(257, (3, 48), generator=torch.Generator().manual_seed(1))
     assert (model(ids)[0] - hf_model(folder.name)(ids).logits).abs().max() < 2e-5
     assert tokenizer.vocab_size == 257
@@ -99,7 +100,7 @@ def test_a_model_that_ours_cannot_be_is_refused(tmp_path, family, change, part):
     values = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(values | change))
     with pytest.raises(ValueError, match=part):
-        ckpt.load_model(str(path))
+        load_model(str(path))
 
 
 def test_config_of_the_twin_without_optional_fields():
@@ -146,7 +147,7 @@ def test_adapting_a_run_to_another_text(tmp_path, trained_run, sample_dir, scrip
     old = [line["also"][str(sample_dir)]["loss"] for line in val]
     before = [line["val_loss"] for line in read_metrics(trained_run / "metrics.jsonl") if "val_loss" in line]
     assert old[0] == pytest.approx(before[-1], abs=1e-5)
-    run, source = (ckpt.load_checkpoint(path / "best_model.pt") for path in (tmp_path / "run", trained_run))
+    run, source = (load_checkpoint(path / "best_model.pt") for path in (tmp_path / "run", trained_run))
     assert run["tokenizer"] == source["tokenizer"] and run["model_config"] == source["model_config"]
     assert run["init_from"]["name"] == str(trained_run)
     assert run["train_config"]["learning_rate"] == starting_point.VALUES["learning_rate"]
@@ -162,7 +163,7 @@ def test_adapting_a_folder_of_transformers_to_prepared_data(folder, tmp_path, sc
     prepare_data.prepare(prepare)
     arguments = tiny(preset=None, n_layer=None, n_head=None, n_embd=None, data_dir=tmp_path / "data", max_steps=6, dropout=0.1)
     script("train.py", "--init_from", folder, *arguments, "--out_dir", tmp_path / "run")
-    model, _, _, content = ckpt.load_model(str(tmp_path / "run"))
+    model, _, _, content = load_model(str(tmp_path / "run"))
     assert model.config.block_size == 32 and model.config.dropout == 0.1 and content["step"] == 6
 
 
@@ -233,4 +234,4 @@ def test_replay_mixes_the_old_domain_in(tmp_path, trained_run, sample_dir):
     arguments = ["--init_from", str(trained_run), "--data_dir", f"{tmp_path / 'new'}:0.8", f"{sample_dir}:0.2", "--max_steps", "3"]
     arguments += ["--also_eval", str(sample_dir), "--out_dir", str(tmp_path / "run"), "--device", "cpu", "--eval_tokens", "2000"]
     assert train.main(arguments) == 0
-    assert [share["share"] for share in ckpt.load_checkpoint(tmp_path / "run" / "best_model.pt")["data"]] == ["4", "1"]
+    assert [share["share"] for share in load_checkpoint(tmp_path / "run" / "best_model.pt")["data"]] == ["4", "1"]

@@ -9,8 +9,8 @@ import time
 import pytest
 import torch
 
-from formats import checkpoint as ckpt
 from formats.metrics import read_metrics
+from formats.run_directory import newest_checkpoint
 from tests.conftest import ROOT, tiny
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
@@ -64,7 +64,7 @@ def test_a_signal_to_torchrun_saves(tmp_path, sample_dir, script):
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=300)
     assert "everything saved" in stderr, stderr
-    assert ckpt.newest_checkpoint(tmp_path / "run")[1]["step"] > 5
+    assert newest_checkpoint(tmp_path / "run")[1]["step"] > 5
 
 
 def test_a_dying_process_ends_the_job_with_a_message(tmp_path, sample_dir):
@@ -74,13 +74,12 @@ def test_a_dying_process_ends_the_job_with_a_message(tmp_path, sample_dir):
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 import train, utils
-from training import step as trainer
-original = trainer.Run.training_step
-def step(self, stop):
-    if self.processes.rank == 1 and self.progress.step == 3:
+original = train.training_step
+def dying(learner, batches, step, stopped):
+    if learner.processes.rank == 1 and step == 3:
         os.kill(os.getpid(), signal.SIGKILL)
-    return original(self, stop)
-trainer.Run.training_step = step
+    return original(learner, batches, step, stopped)
+train.training_step = dying
 utils.run_script(train.main)
 """
     )

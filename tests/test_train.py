@@ -10,10 +10,19 @@ import sys
 import pytest
 import torch
 
-from formats import checkpoint as ckpt
+from config import GPTConfig, TrainConfig
+from formats.checkpoint import load_checkpoint
+from formats.data_directory import DataDirectory
+from formats.run_directory import newest_checkpoint, step_checkpoints, step_path
+from models import GPT
 from preparation.tokenizer_kinds import train_bpe
 from tests.conftest import ROOT, tiny
 from tests.runs import assert_same_run, lines, start, wait_for_lines
+from training.data_order import Batches, TrainingData
+from training.learner import Learner, passes_of_step
+from training.processes import Processes
+from training.step import training_step
+from utils import Machine
 
 
 def test_a_run_leaves_what_the_contract_says(trained_run):
@@ -32,7 +41,7 @@ def test_a_run_leaves_what_the_contract_says(trained_run):
     assert [line["step"] for line in train] == list(range(1, 31)) and [line["step"] for line in val] == [15, 30]
     assert train[-1]["loss"] < train[0]["loss"] - 1 and train[-1]["tokens"] == 30 * 4 * 2 * 32
     assert val[-1]["val_bits_per_byte"] < val[0]["val_bits_per_byte"] and 0 < val[-1]["val_accuracy"] < 1
-    best, step = ckpt.load_checkpoint(trained_run / "best_model.pt"), ckpt.load_checkpoint(trained_run / "step_00000030.pt")
+    best, step = load_checkpoint(trained_run / "best_model.pt"), load_checkpoint(trained_run / "step_00000030.pt")
     assert "resume" not in best and step["resume"]["samples_seen"] == 30 * 8
     assert all(torch.equal(best["model"][k], step["model"][k]) for k in step["model"])
     assert not any(name.endswith(".tmp") for name in os.listdir(trained_run))
@@ -47,7 +56,7 @@ def test_a_signal_saves_and_the_same_command_line_goes_on(tmp_path, sample_dir, 
     process.send_signal(number)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == code and "everything saved" in stderr
-    stopped_at = ckpt.newest_checkpoint(tmp_path / "parts")[1]["step"]
+    stopped_at = newest_checkpoint(tmp_path / "parts")[1]["step"]
     assert 5 <= stopped_at < 60
     script("train.py", *arguments, "--out_dir", tmp_path / "parts")
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
@@ -57,21 +66,18 @@ def test_a_signal_saves_and_the_same_command_line_goes_on(tmp_path, sample_dir, 
 def test_a_signal_during_an_evaluation_makes_it_up_later(tmp_path, sample_dir, step):
     """The evaluation that a signal cut off is done first after the resume, and its line stands where it would have stood."""
     import train
-    from training import step as trainer
-    from utils import StopSignal
 
     arguments = tiny(data_dir=sample_dir, max_steps=10, eval_interval=5, checkpoint_interval=100)
     assert train.main([*arguments, "--out_dir", str(tmp_path / "whole")]) == 0
+    original = train.evaluate
 
-    original = trainer.Run.evaluate
-
-    def interrupted(self, stop: StopSignal) -> bool:
-        if self.progress.step == step:
+    def interrupted(start, learner, validation, log, stop) -> bool:
+        if learner.progress.step == step:
             stop.number = signal.SIGTERM
-        return original(self, stop)
+        return original(start, learner, validation, log, stop)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer.Run, "evaluate", interrupted)
+        patch.setattr(train, "evaluate", interrupted)
         assert train.main([*arguments, "--out_dir", str(tmp_path / "parts")]) == 143
     assert not any("val_loss" in line and line["step"] == step for line in lines(tmp_path / "parts"))
     assert train.main([*arguments, "--out_dir", str(tmp_path / "parts"), "--resume", "auto"]) == 0
@@ -93,32 +99,29 @@ class Keep(torch.optim.SGD):
         self.kept = torch.cat([p.grad.flatten().clone() for group in self.param_groups for p in group["params"]])
 
 
-def gradient_of_a_step(sample_dir, batch_size: int, accumulation: int) -> torch.Tensor:
-    from config import GPTConfig, TrainConfig
-    from formats.data_directory import DataDirectory, TrainingData
-    from models import GPT
-    from training import step as trainer
-    from utils import StopSignal
-
-    directory = DataDirectory(sample_dir)
+def learner_of(sample_dir, **values) -> tuple[Learner, Batches]:
+    """A small gpt2 with all that trains it in float32, and its data."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=32, vocab_size=512, n_layer=2, n_head=2, n_embd=32))
-    config = TrainConfig(
-        batch_size=batch_size, gradient_accumulation_steps=accumulation, grad_clip=0, dtype="float32", compile=False, max_steps=9
-    )
-    run = trainer.Run(sample_dir, model, config, TrainingData([directory], [None], 32, seed=1), [directory], "cpu")
-    run.optimizers = [Keep(model.parameters(), lr=1.0)]
-    run.optimizers[0].param_groups[0]["peak_lr"] = 1.0
-    run.progress.step = 3
-    run.training_step(StopSignal())
-    return run.optimizers[0].kept
+    machine = Machine.choose("cpu", "float32", False, 0)
+    data = TrainingData([DataDirectory(sample_dir)], [None], 32, seed=1)
+    return Learner(model, TrainConfig(**values), machine, Processes()), Batches(data, "cpu")
+
+
+def gradient_of_a_step(sample_dir, batch_size: int, accumulation: int, micro_batch: int | None = None) -> torch.Tensor:
+    learner, batches = learner_of(sample_dir, batch_size=batch_size, gradient_accumulation_steps=accumulation, grad_clip=0, max_steps=9)
+    learner.micro_steps, learner.micro_batch = passes_of_step(learner.config, 1, micro_batch)
+    learner.optimizers = [Keep(learner.model.parameters(), lr=1.0)]
+    learner.optimizers[0].param_groups[0]["peak_lr"] = 1.0
+    training_step(learner, batches, 3)
+    return learner.optimizers[0].kept
 
 
 def test_accumulation_does_not_change_the_gradient(sample_dir):
-    """The same windows in one batch of 8, or in 2 of 4, or 8 of 1."""
+    """The same windows in one batch of 8, or in 2 of 4, or 8 of 1, or a batch of 8 for which there is memory for 3 (so 2) only."""
     whole = gradient_of_a_step(sample_dir, 8, 1)
-    for batch_size, accumulation in ((4, 2), (1, 8)):
-        assert (gradient_of_a_step(sample_dir, batch_size, accumulation) - whole).abs().max() <= 1e-5 * whole.abs().max()
+    for shape in ((4, 2), (1, 8), (8, 1, 3)):
+        assert (gradient_of_a_step(sample_dir, *shape) - whole).abs().max() <= 1e-5 * whole.abs().max()
 
 
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_taken(tmp_path, trained_run, sample_dir, script):
@@ -160,7 +163,7 @@ def test_a_finished_run_can_be_made_longer(tmp_path, trained_run, sample_dir, sc
     run = tmp_path / "run"
     shutil.copytree(trained_run, run)
     script(*again(run, sample_dir, max_steps=40, resume="auto"))
-    assert [line["step"] for line in lines(run) if "loss" in line] == list(range(1, 41)) and ckpt.newest_checkpoint(run)[1]["step"] == 40
+    assert [line["step"] for line in lines(run) if "loss" in line] == list(range(1, 41)) and newest_checkpoint(run)[1]["step"] == 40
 
 
 def test_resuming_a_finished_run_says_so(trained_run, sample_dir, script):
@@ -197,7 +200,7 @@ def test_rates_can_be_lowered_on_resume(tmp_path, trained_run, sample_dir, scrip
     run = tmp_path / "run"
     shutil.copytree(trained_run, run)
     script(*again(run, sample_dir, resume="auto", max_steps=32, learning_rate=1e-4))
-    groups = ckpt.newest_checkpoint(run)[1]["resume"]["optimizers"][0]["param_groups"]
+    groups = newest_checkpoint(run)[1]["resume"]["optimizers"][0]["param_groups"]
     assert [group["peak_lr"] for group in groups] == [1e-4] * len(groups)
 
 
@@ -241,7 +244,7 @@ def poisoned(monkeypatch):
             return (loss * float("nan"), accuracy) if len(calls) - 1 in steps else (loss, accuracy)
 
         monkeypatch.setattr(models.NextTokenLoss, "forward", forward)
-        monkeypatch.setattr("train.seconds_per_step", lambda *args: 0.0)
+        monkeypatch.setattr("training.report.seconds_per_step", lambda *args: 0.0)
 
     return prepare
 
@@ -262,37 +265,29 @@ def test_a_step_without_a_number_is_skipped_and_counted(tmp_path, sample_dir, po
     metrics = [line for line in lines(tmp_path / "run") if "skipped_steps" in line]
     assert [line["skipped_steps"] for line in metrics] == [0] * 4 + [1, 2, 2, 2, 2, 3, 3, 3]
     assert [line["loss"] is None for line in metrics] == [False] * 4 + [True, True] + [False] * 3 + [True] + [False] * 2
-    saved = {path.name: ckpt.load_checkpoint(path) for path in ckpt.step_checkpoints(tmp_path / "run")}
+    saved = {path.name: load_checkpoint(path) for path in step_checkpoints(tmp_path / "run")}
     assert "step_00000005.pt" not in saved and "step_00000006.pt" not in saved  # who knows whether the weights are sound?
     assert saved["step_00000012.pt"]["resume"]["optimizers"][0]["state"][0]["step"] == 9
 
     poisoned({4})
     assert train.main(one_by_one(sample_dir, tmp_path / "short", max_steps=5, checkpoint_interval=4, warmup_steps=1)) == 1
-    assert [path.name for path in ckpt.step_checkpoints(tmp_path / "short")] == ["step_00000004.pt"]
+    assert [path.name for path in step_checkpoints(tmp_path / "short")] == ["step_00000004.pt"]
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_a_skipped_step_changes_nothing(sample_dir, optimizer):
     """Against the state before it, with weight decay and momentum that would move the weights on their own."""
-    from config import GPTConfig, TrainConfig
-    from formats.data_directory import DataDirectory, TrainingData
-    from models import GPT
-    from training import step as trainer
-    from utils import StopSignal
+    learner, batches = learner_of(sample_dir, batch_size=2, gradient_accumulation_steps=1, optimizer=optimizer, warmup_steps=0)
+    training_step(learner, batches, 0)
 
-    directory = DataDirectory(sample_dir)
-    config = TrainConfig(batch_size=2, gradient_accumulation_steps=1, dtype="float32", compile=False, optimizer=optimizer, warmup_steps=0)
-    model = GPT(GPTConfig(block_size=32, vocab_size=512, n_layer=2, n_head=2, n_embd=32))
-    run = trainer.Run(sample_dir, model, config, TrainingData([directory], [None], 32, seed=1), [directory], "cpu")
-    run.training_step(StopSignal())
-    state = [{k: v.clone() for k, v in model.state_dict().items()}] + [
-        {k: v.clone() for s in o.state.values() for k, v in s.items()} for o in run.optimizers
-    ]
-    model.wte.register_forward_hook(lambda module, inputs, output: output * float("inf"))
-    assert not torch.isfinite(run.training_step(StopSignal()).loss) and run.check_skipped()
-    after = [model.state_dict()] + [{k: v for s in o.state.values() for k, v in s.items()} for o in run.optimizers]
-    for before, now in zip(state, after, strict=True):
-        assert all(torch.equal(before[key], now[key]) for key in before)
+    def state() -> list[dict]:
+        return [learner.model.state_dict(), *({k: v for s in o.state.values() for k, v in s.items()} for o in learner.optimizers)]
+
+    before = [{name: value.clone() for name, value in values.items()} for values in state()]
+    learner.model.wte.register_forward_hook(lambda module, inputs, output: output * float("inf"))
+    assert not torch.isfinite(training_step(learner, batches, 1).loss) and not learner.check_finite()
+    for old, now in zip(before, state(), strict=True):
+        assert all(torch.equal(old[key], now[key]) for key in old)
 
 
 def test_steps_without_a_number_in_a_row_end_the_run(tmp_path, sample_dir, poisoned, capsys):
@@ -303,7 +298,7 @@ def test_steps_without_a_number_in_a_row_end_the_run(tmp_path, sample_dir, poiso
     message = capsys.readouterr().err
     assert "5 steps in a row" in message and "the last at step 11 (loss nan" in message
     assert "learning rates 0.00" in message and "step_00000005.pt" in message and "--learning_rate" in message
-    assert [path.name for path in ckpt.step_checkpoints(tmp_path / "run")] == ["step_00000005.pt"]
+    assert [path.name for path in step_checkpoints(tmp_path / "run")] == ["step_00000005.pt"]
 
 
 def test_weights_in_doubt_are_not_saved_on_a_signal(tmp_path, sample_dir, poisoned):
@@ -311,7 +306,7 @@ def test_weights_in_doubt_are_not_saved_on_a_signal(tmp_path, sample_dir, poison
 
     poisoned({2, 3}, signal_at=3)
     assert train.main(one_by_one(sample_dir, tmp_path / "run", log_interval=10)) == 1
-    assert not ckpt.step_checkpoints(tmp_path / "run")
+    assert not step_checkpoints(tmp_path / "run")
 
 
 def test_a_signal_in_the_midst_of_an_accumulation(tmp_path, sample_dir, poisoned):
@@ -321,7 +316,7 @@ def test_a_signal_in_the_midst_of_an_accumulation(tmp_path, sample_dir, poisoned
     arguments = one_by_one(sample_dir, tmp_path / "parts", gradient_accumulation_steps=4, max_steps=6, dropout=0.1)
     poisoned((), signal_at=9)  # the second of four micro-batches of step 2
     assert train.main(arguments) == 143
-    assert ckpt.newest_checkpoint(tmp_path / "parts")[1]["step"] == 2
+    assert newest_checkpoint(tmp_path / "parts")[1]["step"] == 2
     poisoned(())
     assert train.main([*arguments, "--resume", "auto"]) == 0
     arguments[arguments.index(str(tmp_path / "parts"))] = str(tmp_path / "whole")
@@ -344,7 +339,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_poisons_nothing(tmp_path, sa
     assert "no finite loss" in process.stderr and "learning rates" in process.stderr
     best = tmp_path / "run" / "best_model.pt"
     if best.exists():
-        assert all(torch.isfinite(weight).all() for weight in ckpt.load_checkpoint(best)["model"].values())
+        assert all(torch.isfinite(weight).all() for weight in load_checkpoint(best)["model"].values())
 
 
 def test_train_on_a_text_in_one_go(tmp_path, script):
@@ -393,20 +388,20 @@ def test_export_at_the_end(tmp_path, sample_dir, script):
 
 
 def test_patience_ends_a_run_that_gets_no_better(tmp_path, sample_dir, script):
-    """With a rate that only does harm; the run counts as finished, until it is asked for more patience."""
+    """With a rate too small to change a weight, whatever the machine; the run counts as finished, until it is asked for more patience."""
     arguments = tiny(
-        data_dir=sample_dir, out_dir=tmp_path / "run", max_steps=60, eval_interval=2, patience=3, resume="auto", learning_rate=3
+        data_dir=sample_dir, out_dir=tmp_path / "run", max_steps=60, eval_interval=2, patience=3, resume="auto", learning_rate=1e-30
     )
-    harm = ["--muon_learning_rate", "3", "--warmup_steps", "0", "--grad_clip", "0"]
-    process = script("train.py", *arguments, *harm)
+    idle = ["--muon_learning_rate", "1e-30"]
+    process = script("train.py", *arguments, *idle)
     assert "stopped early" in process.stdout
     val = [line["val_loss"] for line in lines(tmp_path / "run") if "val_loss" in line]
     best = val.index(min(val))
     assert len(val) - 1 - best == 3 and 2 * len(val) < 60
-    assert ckpt.load_checkpoint(tmp_path / "run" / "best_model.pt")["step"] == 2 * (best + 1)
-    assert "finished at step" in script("train.py", *arguments, *harm).stdout
+    assert load_checkpoint(tmp_path / "run" / "best_model.pt")["step"] == 2 * (best + 1)
+    assert "finished at step" in script("train.py", *arguments, *idle).stdout
     arguments[arguments.index("--patience") + 1] = "4"
-    script("train.py", *arguments, *harm)
+    script("train.py", *arguments, *idle)
     assert len([line for line in lines(tmp_path / "run") if "val_loss" in line]) > len(val)
 
 
@@ -418,16 +413,13 @@ def test_the_running_mean_of_the_weights(tmp_path, sample_dir):
     assert train.main([*arguments, "--ema_decay", "0.6", "--keep_checkpoints", "all"]) == 0
     mean = None
     for step in range(1, 13):
-        weights = ckpt.load_checkpoint(ckpt.step_path(tmp_path / "run", step))["model"]
+        weights = load_checkpoint(step_path(tmp_path / "run", step))["model"]
         decay = min(0.6, step / (9 + step))
         if mean is None:
             torch.manual_seed(1337)
-            from config import GPTConfig
-            from models import GPT
-
-            mean = GPT(GPTConfig(**ckpt.load_checkpoint(tmp_path / "run" / "best_model.pt")["model_config"])).state_dict()
+            mean = GPT(GPTConfig(**load_checkpoint(tmp_path / "run" / "best_model.pt")["model_config"])).state_dict()
         mean = {name: decay * mean[name] + (1 - decay) * weights[name] for name in mean}
-    best = ckpt.load_checkpoint(tmp_path / "run" / "best_model.pt")["model"]
+    best = load_checkpoint(tmp_path / "run" / "best_model.pt")["model"]
     assert all(torch.allclose(best[name], mean[name], atol=1e-6) for name in mean)
     assert not torch.allclose(best["wte.weight"], weights["wte.weight"], atol=1e-4)
 
@@ -437,7 +429,7 @@ def test_the_length_of_a_run_in_tokens(tmp_path, sample_dir, mistake):
 
     arguments = tiny(data_dir=sample_dir, out_dir=tmp_path / "run")  # 256 tokens a step
     assert train.main([*arguments, "--max_tokens", "1025"]) == 0
-    assert ckpt.newest_checkpoint(tmp_path / "run")[1]["step"] == 5
+    assert newest_checkpoint(tmp_path / "run")[1]["step"] == 5
     assert "epochs and max_tokens both set" in mistake("train.py", *arguments, "--max_tokens", "9", "--epochs", "1", cwd=tmp_path)
 
 
@@ -469,7 +461,7 @@ def test_compile(tmp_path, sample_dir, script):
     """Compiled training runs, says so, and saves the raw module's names."""
     process = script("train.py", *tiny(data_dir=sample_dir, max_steps=3, out_dir=tmp_path / "run"), "--compile")
     assert "compile True" in process.stderr
-    assert not any(name.startswith("_orig_mod") for name in ckpt.load_checkpoint(tmp_path / "run" / "best_model.pt")["model"])
+    assert not any(name.startswith("_orig_mod") for name in load_checkpoint(tmp_path / "run" / "best_model.pt")["model"])
 
 
 @pytest.mark.parametrize(

@@ -3,16 +3,16 @@
 import contextlib
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from config import GPTConfig, TrainConfig
-from formats.data_directory import TrainingData
 from models import CHUNK, GPT, GPU_CHUNK, NextTokenLoss
-from utils import choose_compile, choose_precision
+from training.data_order import TrainingData
+from training.learner import passes_of_step
+from utils import Machine
 
 # Bytes kept for the backward pass per token and block, in units of n_embd and of the MLP's width: measured (MEASUREMENTS.md).
 # Without compilation qwen3's norms and rotations keep copies in float32; compiled, it needs no more than gpt2.
@@ -74,56 +74,42 @@ def available_memory(device: str) -> float | None:
     return min(limits, default=None)
 
 
-def smaller_batch(config: TrainConfig, fits: Callable[[int], bool]) -> str:
-    """Flags that keep the effective batch with the largest micro-batch that fits, as advice for people."""
-    effective = config.batch_size * config.gradient_accumulation_steps
-    for batch in range(config.batch_size - 1, 0, -1):
-        if effective % batch == 0 and fits(batch):
-            return f"pass --batch_size {batch} --gradient_accumulation_steps {effective // batch}, the same effective batch of {effective}"
-    return "even --batch_size 1 would be too large: take a smaller model (--preset nano) or a shorter --block_size"
-
-
-def check_memory(model_config: GPTConfig, config: TrainConfig, device: str, processes: int) -> float:
-    """The estimated bytes at the peak of a training step, in each process. Raises ValueError if they aren't there."""
+def fitting_batch(model_config: GPTConfig, config: TrainConfig, machine: Machine, processes: int) -> tuple[float, int]:
+    """Bytes at the peak of a training step in each process, and the windows of its forward passes: as configured where the memory
+    allows it, else the most that fit. Raises ValueError if not even a single window fits."""
     with torch.device("meta"):
         model = GPT(model_config)
-    dtype, together = choose_precision(device, config.dtype)[0], processes if device == "cpu" else 1
-    tokens = config.max_steps * config.batch_size * config.gradient_accumulation_steps * model_config.block_size
-    compiled = choose_compile(device, config.compile, model.flops_per_token() * tokens)[0]
+    together = processes if machine.kind == "cpu" else 1
+    free = available_memory(machine.device)
+    _, configured = passes_of_step(config, processes)
+    size = configured
+    while True:
+        need = memory_estimate(model, config, machine.dtype, size, machine.kind, machine.compile)
+        if free is None or need * together <= free:
+            return need, size
+        if size == 1:
+            raise ValueError(
+                f"this training needs about {need * together / 1e9:.1f} GB even with one window at a time, and {free / 1e9:.1f} GB "
+                "are free; take a smaller model (--preset nano) or a shorter --block_size"
+            )
+        _, size = passes_of_step(config, processes, size - 1)
 
-    def needed(batch_size: int) -> float:
-        micro_batch = max(1, batch_size // processes)
-        return memory_estimate(model, config, dtype, micro_batch, device, compiled) * together
 
-    need, free = needed(config.batch_size), available_memory(device)
-    if free is not None and need > free:
-        advice = smaller_batch(config, lambda batch_size: needed(batch_size) <= free)
-        raise ValueError(f"this training needs about {need / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free; {advice}")
-    return need / together
-
-
-def seconds_per_step(model: GPT, data: TrainingData, config: TrainConfig, device: str, dtype) -> float:
+def seconds_per_step(model: GPT, data: TrainingData, config: TrainConfig, machine: Machine, micro_batch: int) -> float:
     """Seconds of an optimizer step without compilation: forward and backward passes over at most 4,096 tokens, scaled to the batch.
 
     The median of up to five passes, but no more than fit into two seconds, after one to warm up. Weights stay as they are.
     """
-    rows = min(config.batch_size, max(1, 4096 // model.config.block_size))
-    batch = torch.from_numpy(data.batch(np.arange(rows)).astype("int64")).to(device)
+    rows = min(micro_batch, max(1, 4096 // model.config.block_size))
+    batch = torch.from_numpy(data.batch(np.arange(rows)).astype("int64")).to(machine.device)
     objective, times = NextTokenLoss(model), []
     while len(times) < 2 or (len(times) < 6 and sum(times) < 2):
         started = time.perf_counter()
-        with torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype != torch.float32):
+        with machine.autocast():
             loss, _ = objective(batch)
         loss.backward()
         model.zero_grad(set_to_none=True)
-        if device.startswith("cuda"):
+        if machine.kind == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
-    return statistics.median(times[1:]) / rows * config.batch_size * config.gradient_accumulation_steps
-
-
-def duration(seconds: float) -> str:
-    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 1.5 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} seconds"
+    return statistics.median(times[1:]) / rows * config.windows_per_step

@@ -1,28 +1,40 @@
-"""What a run starts from: nothing, a run to resume, or another model's weights; and the configuration that follows from it."""
+"""What a run starts from: nothing, a run to resume, or another model's weights; and the configuration that follows, resolved once."""
 
 import dataclasses
 import hashlib
 import math
 import os
+import sys
+from dataclasses import dataclass
+from fractions import Fraction
+from importlib.util import find_spec
 from pathlib import Path
+from typing import get_args, get_type_hints
 
-from config import GPTConfig, TrainConfig
-from formats import checkpoint as ckpt
-from formats.data_directory import TrainingData
-from formats.tokenizer import TextTokenizer
-from utils import notice
+from torch import Tensor
 
-# What may change when a run is resumed; everything else would make it another run.
-CHANGEABLE = {"max_steps", "epochs", "eval_interval", "eval_tokens", "checkpoint_interval", "keep_checkpoints", "log_interval"}
-CHANGEABLE |= {"max_tokens", "patience", "sample_tokens", "sample_prompt", "tensorboard"}
-CHANGEABLE |= {"device", "dtype", "compile", "warmup_steps", "learning_rate", "muon_learning_rate"}
+import config as settings
+from config import PRESETS, GPTConfig, TrainConfig
+from formats import huggingface
+from formats.data_directory import DataDirectory
+from formats.run_directory import HOME, is_claimed, is_finished, load_content
+from formats.tokenizer import KINDS, TextTokenizer, gpt2_tokenizer, load_tokenizer
+from training.data_order import TrainingData
+from utils import asked_values, normalize_flags, notice, parse_flags, parse_weighted, replace_fields
+
+# What may differ from the run that is resumed; anything else would make it another run. Whether the data is the same tells its hash.
+CHANGEABLE = {"data_dir", "out_dir", "max_steps", "epochs", "max_tokens", "patience", "warmup_steps", "learning_rate", "muon_learning_rate"}
+CHANGEABLE |= {"eval_interval", "eval_tokens", "checkpoint_interval", "keep_checkpoints", "log_interval", "sample_tokens", "sample_prompt"}
+CHANGEABLE |= {"tensorboard", "device", "dtype", "compile"}
+OF_THIS_RUN = {"dropout", "flash", "block_size"}  # what may differ from the shape of the model of --init_from
+PLACES = {"data_dir", "out_dir"}  # no part of what a run is
+LENGTHS = ("max_steps", "epochs", "max_tokens")
 
 HUB_NAMES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium")}
 HUB_FILES = ("config.json", "model.safetensors", "tokenizer.json")
-OWN_SHAPE = {"dropout", "flash", "block_size"}  # what may differ from the source's shape
 
 # For a model that already knows something: what a field is set to unless a flag says otherwise; chosen by measurement (MEASUREMENTS.md).
-VALUES = {
+FINE_TUNING = {
     "learning_rate": 1e-3,  # at a width of 128; falls with the width, as the presets' rates do
     "muon_learning_rate": 2e-3,
     "batch_size": 8,
@@ -36,48 +48,134 @@ VALUES = {
 }
 
 
-# ---------------------------------------------------------------- nothing, or a run to resume
+@dataclass(frozen=True)
+class Request:
+    """What the user wants: the configurations as flags, preset and config.py give them.
+
+    asked: name -> value of the fields that flags or the preset set. new_data: the data is prepared for this very run (--dataset).
+    """
+
+    model: GPTConfig
+    train: TrainConfig
+    asked: dict[str, object]
+    resume: str | None = None
+    init_from: str | None = None
+    new_data: bool = False
 
 
-def fit_to_data(model: GPTConfig, given: set[str], new_data: bool, tokenizer: TextTokenizer) -> GPTConfig:
-    """The model's shape with the tokenizer's vocabulary. Raises ValueError if a flag asks for another, unless the data is made for it."""
-    asked = model.vocab_size
-    if "vocab_size" in given and not new_data and asked != tokenizer.vocab_size:
-        raise ValueError(f"vocab_size={asked}, but the data's tokenizer has {tokenizer.vocab_size} ids; leave --vocab_size out")
-    return dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
+# ---------------------------------------------------------------- what is asked for
+
+
+def preset_of(words: list[str]) -> tuple[GPTConfig, TrainConfig, dict[str, object]]:
+    """config.py's configurations with the values of --preset and the family of --arch, and those that the preset asks for by name.
+
+    What may change from run to run counts as asked for only by a flag, so that a preset doesn't shorten a longer run when it is resumed.
+    """
+    flags = dict(word.partition("=")[::2] if "=" in word else (word, following) for word, following in zip(words, [*words[1:], ""]))
+    model, train, asked = settings.model_config, settings.train_config, {}
+    name = flags.get("--preset")
+    if name is not None:
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}; take one of {', '.join(PRESETS)}")
+        make_model, values = PRESETS[name]
+        model, train = make_model(), dataclasses.replace(train, **values)
+        asked = {key: value for key, value in (dataclasses.asdict(model) | values).items() if key not in CHANGEABLE | {"vocab_size"}}
+    arch = flags.get("--arch", model.arch)
+    if arch != model.arch and arch in get_args(get_type_hints(GPTConfig)["arch"]):
+        model = dataclasses.replace(model, arch=arch, bias=None, n_kv_head=None, rope_theta=None)  # the family's own
+        asked = {key: value for key, value in asked.items() if key not in ("bias", "n_kv_head", "rope_theta")}
+    return model, train, asked
+
+
+def read_request(kind: type, argv: list[str] | None, doc: str | None):
+    """The command line of train.py, whose flags `kind` declares, as (an instance of it, the Request). Raises ValueError."""
+    words = normalize_flags(kind, sys.argv[1:] if argv is None else list(argv), {})
+    model, train, asked = preset_of(words)
+    args = parse_flags(kind, words, doc, default=kind(model=model, train=train))
+    flags, train = asked_values(words, args.model, args.train), args.train
+    lengths = [name for name in LENGTHS if name in flags]
+    problems = {
+        "give either --data_dir or --dataset, not both": args.dataset and "data_dir" in flags,
+        "--resume continues a run and --overwrite deletes it; give one of them": args.resume and args.overwrite,
+        f"--{' and --'.join(lengths)} both set the length of the run; give one of them": len(lengths) > 1,
+        "--preset chooses a shape and --init_from brings its own; leave --preset out": args.init_from and args.preset,
+        "--init_from brings its own tokenizer; leave --tokenizer out": args.init_from and args.dataset and args.tokenizer,
+        "--tensorboard needs the package tensorboard; run: pip install tensorboard": train.tensorboard and not find_spec("tensorboard"),
+    }
+    if any(problems.values()):
+        raise ValueError("; ".join(problem for problem, there in problems.items() if there))
+    if lengths:  # replaces whatever length config.py or a preset sets
+        others = {name: None for name in ("epochs", "max_tokens") if name not in lengths}
+        flags, train = flags | others, dataclasses.replace(train, **others)
+    return args, Request(args.model, train, asked | flags, args.resume, args.init_from, new_data=args.dataset is not None)
+
+
+def run_directory(request: Request, dataset: str | None) -> Path:
+    """Where the run lives: as asked, beside the checkpoint to resume, or below ./checkpoints by the name of its data."""
+    if request.train.out_dir is not None:
+        return Path(request.train.out_dir)
+    if request.resume not in (None, "auto"):
+        path = Path(request.resume)
+        return path.parent if path.suffix == ".pt" else path
+    if dataset is not None:
+        return HOME / Path(dataset).stem
+    directories = [Path(parse_weighted(text)[0]) for text in request.train.data_dir]
+    return HOME if directories == [Path("data")] else HOME / "+".join(directory.resolve().name for directory in directories)
+
+
+# ---------------------------------------------------------------- the configuration
+
+
+def resolve(request: Request, tokenizer: TextTokenizer, resumed: dict | None, source: dict | None) -> tuple[GPTConfig, TrainConfig]:
+    """The run's configuration: that of the resumed checkpoint, of the source's model, or as asked; changed where that may be.
+
+    Raises ValueError for a change that would make it another run or another model.
+    """
+    asked = request.asked
+    if resumed is not None:
+        owner, places = "the run to resume", {name: getattr(request.train, name) for name in PLACES}
+        asked = {name: value for name, value in asked.items() if name != "vocab_size"} | places
+        model = replace_fields(GPTConfig(**resumed["model_config"]), asked, CHANGEABLE, owner)
+        return model, replace_fields(TrainConfig(**resumed["train_config"]), asked, CHANGEABLE, owner)
+    if source is not None:
+        name, shape = source["origin"]["name"], source["model_config"]
+        if asked.get("block_size", 0) > shape["block_size"]:
+            raise ValueError(f"block_size={asked['block_size']}, but {name} has learned {shape['block_size']} positions; pass at most that")
+        model = replace_fields(GPTConfig(**shape | {"dropout": 0.0, "flash": True}), asked, OF_THIS_RUN, name)
+        return model, fine_tuning(request.train, asked, model.n_embd)
+    if "vocab_size" in asked and not request.new_data and asked["vocab_size"] != tokenizer.vocab_size:
+        raise ValueError(
+            f"vocab_size={asked['vocab_size']}, but the data's tokenizer has {tokenizer.vocab_size} ids; leave --vocab_size out"
+        )
+    return dataclasses.replace(request.model, vocab_size=tokenizer.vocab_size), request.train
+
+
+def fine_tuning(config: TrainConfig, asked: dict[str, object], n_embd: int) -> TrainConfig:
+    """The configuration with fine-tuning's values, for a model of this width, in the fields that nobody asked for."""
+    values = {name: value for name, value in FINE_TUNING.items() if name not in asked}
+    if any(asked.get(name) is not None for name in LENGTHS):
+        values["epochs"] = asked.get("epochs")
+    if "learning_rate" in values:
+        values["learning_rate"] *= min(1.0, 128 / n_embd)
+    elif "muon_learning_rate" in values and config.optimizer == "muon":
+        notice(f"--muon_learning_rate is {values['muon_learning_rate']}, fine-tuning's own; --learning_rate is the AdamW part's")
+    return dataclasses.replace(config, **values)
 
 
 def fix_length(config: TrainConfig, keep_warmup: bool, data: TrainingData) -> TrainConfig:
     """The configuration with epochs or tokens turned into steps, and warmup at most a tenth of the run unless it is to be kept."""
-    max_steps, windows = config.max_steps, config.batch_size * config.gradient_accumulation_steps
+    max_steps = config.max_steps
     if config.max_tokens is not None:
-        max_steps = math.ceil(config.max_tokens / (windows * data.block_size))
+        max_steps = math.ceil(config.max_tokens / (config.windows_per_step * data.block_size))
     if config.epochs is not None:
         if data.mixed:
             raise ValueError("--epochs has no meaning for weighted directories; give --max_steps or --max_tokens")
-        max_steps = max(1, math.ceil(config.epochs * data.samples_per_epoch / windows))
+        max_steps = max(1, math.ceil(config.epochs * data.samples_per_epoch / config.windows_per_step))
     warmup = config.warmup_steps if keep_warmup else min(config.warmup_steps, max_steps // 10)
     return dataclasses.replace(config, max_steps=max_steps, warmup_steps=warmup)
 
 
-def merge_resumed(model: GPTConfig, train: TrainConfig, given: set[str], content: dict) -> tuple[GPTConfig, TrainConfig]:
-    """The saved run's configuration, with those changes that flags ask for. Raises ValueError for a change that makes it another run."""
-    saved = {GPTConfig: content["model_config"], TrainConfig: content["train_config"]}
-    merged = []
-    for kind, now in ((GPTConfig, model), (TrainConfig, train)):
-        values = saved[kind].copy()
-        for name in [f.name for f in dataclasses.fields(kind) if f.name in given]:
-            value = getattr(now, name)
-            if value != values.get(name) and name not in CHANGEABLE:
-                raise ValueError(
-                    f"the run to resume has {name}={values.get(name)}, not {value}; leave the flag out, or start in another --out_dir"
-                )
-            values[name] = value
-        merged.append(kind(**values))
-    return merged[0], merged[1]
-
-
-# ---------------------------------------------------------------- another model
+# ---------------------------------------------------------------- another model's weights
 
 
 def read_source(name: str) -> dict:
@@ -86,10 +184,9 @@ def read_source(name: str) -> dict:
     NAME is whatever --checkpoint takes, or gpt2, gpt2-medium from the Hugging Face hub. Raises FileNotFoundError, ValueError.
     """
     if name in HUB_NAMES and not Path(name).exists():
-        content = ckpt.load_hf_folder(download(name))
+        content = huggingface.load_folder(download(name))
     else:
-        path = ckpt.find_checkpoint(name)
-        content = ckpt.load_hf_folder(path) if path.is_dir() else ckpt.load_checkpoint(path)
+        _, content = load_content(name)
     digest = hashlib.sha256()
     for key, weight in sorted(content["model"].items()):
         digest.update(key.encode() + weight.contiguous().numpy().tobytes())
@@ -110,44 +207,127 @@ def download(name: str) -> Path:
         ) from None
 
 
-def with_values(config: TrainConfig, given: set[str], n_embd: int) -> TrainConfig:
-    """The configuration with fine-tuning's values, for a model of this width, in the fields that no flag sets."""
-    length = {"epochs", "max_steps", "max_tokens"}
-    values = {key: value for key, value in VALUES.items() if key not in given and not (key in length and length & given)}
-    if "learning_rate" in values:
-        values["learning_rate"] *= min(1.0, 128 / n_embd)
-    if length & given and "epochs" not in given:
-        values["epochs"] = None
-    if "learning_rate" in given and "muon_learning_rate" not in given and config.optimizer == "muon":
-        notice(f"--muon_learning_rate is {values['muon_learning_rate']}, fine-tuning's own; --learning_rate is the AdamW part's")
-    return dataclasses.replace(config, **values)
-
-
-def source_shape(source: dict, asked: GPTConfig, given: set[str]) -> GPTConfig:
-    """The source's shape, with dropout, flash and a shorter block_size if flags ask for them. Raises ValueError for other changes."""
-    shape = source["model_config"] | {"dropout": 0.0, "flash": True}
-    name = source["origin"]["name"]
-    for field in [f.name for f in dataclasses.fields(GPTConfig) if f.name in given]:
-        value = getattr(asked, field)
-        if field not in OWN_SHAPE and value != shape[field]:
-            raise ValueError(f"{field}={value}, but {name} has {field}={shape[field]}; leave the flag out")
-        if field == "block_size" and value > shape[field]:
-            raise ValueError(f"block_size={value}, but {name} has learned {shape[field]} positions; pass at most that")
-        shape[field] = value
-    return GPTConfig(**shape)
-
-
-def weights_for(source: dict, shape: GPTConfig) -> dict:
+def weights_for(source: dict, shape: GPTConfig) -> dict[str, Tensor]:
     """The source's weights for this shape: learned positions beyond block_size are left out."""
     return {name: weight[: shape.block_size] if name == "wpe.weight" else weight for name, weight in source["model"].items()}
 
 
-def check_tokenizer(source: dict, tokenizer: TextTokenizer, directory: str) -> None:
+def check_tokenizer(source: dict, data: DataDirectory) -> None:
     """Raise ValueError unless the data was prepared with the source's tokenizer: its ids would mean nothing to the model."""
     name = source["origin"]["name"]
-    if not TextTokenizer(source["tokenizer"], name).same_ids(tokenizer):
+    if not TextTokenizer(source["tokenizer"], name).same_ids(data.tokenizer):
         kind = name if name == "gpt2" else Path(name).parent if name.endswith(".pt") else name
         raise ValueError(
-            f"{directory} was prepared with another tokenizer than {name}'s; prepare it again with "
+            f"{data.name} was prepared with another tokenizer than {name}'s; prepare it again with "
             f"prepare_data.py --tokenizer {kind} (a run directory holds its tokenizer.json), or use --dataset FILE"
         )
+
+
+# ---------------------------------------------------------------- all of it
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run starts from, all questions answered and nothing written yet.
+
+    directories: the data; also: further directories to evaluate on; resumed: the checkpoint to go on from and its content;
+    source: the model to start from, as read_source gives it.
+    """
+
+    run_dir: Path
+    model_config: GPTConfig
+    config: TrainConfig
+    directories: list[DataDirectory]
+    also: list[DataDirectory]
+    data: TrainingData
+    resumed: tuple[Path, dict] | None
+    source: dict | None
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        return self.directories[0].tokenizer
+
+    @property
+    def names(self) -> list[str]:
+        """The data directories as the user named them."""
+        return [directory.name for directory in self.directories]
+
+    def content(self) -> dict:
+        """What every checkpoint of the run holds besides its step and weights."""
+        return {
+            "model_config": dataclasses.asdict(self.model_config),
+            "train_config": dataclasses.asdict(self.config),
+            "tokenizer": self.tokenizer.json,
+            "data": self.data.fingerprint,
+            "init_from": self.resumed[1].get("init_from") if self.resumed else self.source and self.source["origin"],
+        }
+
+    def same_run(self, content: dict) -> bool:
+        """Whether a checkpoint belongs to this very run, wherever its directories are."""
+
+        def identity(values: dict) -> tuple:
+            train = dataclasses.asdict(TrainConfig(**values["train_config"]))
+            return values["model_config"], {k: v for k, v in train.items() if k not in PLACES}, values["data"], values.get("init_from")
+
+        return identity(content) == identity(self.content())
+
+    def finished_step(self, overwrite: bool, resume: str | None) -> int | None:
+        """The last step of this very run, if the run directory holds it finished. Raises ValueError if another one is in the way."""
+        if self.resumed is not None:
+            content = self.resumed[1]
+            return content["step"] if is_finished(content, self.config) else None
+        newest = None if overwrite else is_claimed(self.run_dir, resume, self.same_run)
+        return newest and newest["step"]
+
+
+def make_start(
+    request: Request,
+    run_dir: Path,
+    resumed: tuple[Path, dict] | None,
+    source: dict | None,
+    directories: list[DataDirectory],
+    weights: list[Fraction | None],
+    also: tuple[str, ...],
+) -> Start:
+    """Put together what was read, and resolve the configuration. Raises ValueError, FileNotFoundError for what can't be done."""
+    if source is not None:
+        check_tokenizer(source, directories[0])
+    model_config, config = resolve(request, directories[0].tokenizer, resumed and resumed[1], source)
+    data = TrainingData(directories, weights, model_config.block_size, config.seed)
+    config = fix_length(config, "warmup_steps" in request.asked or resumed is not None, data)
+    if resumed is not None:
+        check_resumed(resumed, request, data)
+    return Start(run_dir, model_config, config, directories, open_also(also, directories[0]), data, resumed, source)
+
+
+def open_directories(names: tuple[str, ...], tokenizer_name: str | None) -> tuple[list[DataDirectory], list[Fraction | None]]:
+    """The data directories DIR or DIR:WEIGHT and their weights. tokenizer_name: gpt2 or a path, for directories without meta.json."""
+    paths, weights = zip(*map(parse_weighted, names))
+    if tokenizer_name in KINDS and tokenizer_name != "gpt2":
+        raise ValueError(f"--tokenizer {tokenizer_name} is trained on text; for token files give the path of their tokenizer.json")
+    tokenizer = None if tokenizer_name is None else gpt2_tokenizer() if tokenizer_name == "gpt2" else load_tokenizer(tokenizer_name)
+    directories = [DataDirectory(path, tokenizer) for path in paths]
+    if tokenizer is not None and not tokenizer.same_ids(directories[0].tokenizer):
+        raise ValueError(f"{paths[0]} was prepared with another tokenizer than {tokenizer_name}; leave --tokenizer out")
+    return directories, list(weights)
+
+
+def check_resumed(resumed: tuple[Path, dict], request: Request, data: TrainingData) -> None:
+    """Raise ValueError unless the resumed run was trained on this data and started from the model that is asked for."""
+    path, content = resumed
+    if content["data"] != data.fingerprint:
+        before = " ".join(content["train_config"].get("data_dir", ()))
+        raise ValueError(f"{path} was trained on other data; give its --data_dir {before or 'DIR'}, or another --out_dir")
+    if request.init_from is not None and (content.get("init_from") or {}).get("name") != request.init_from:
+        raise ValueError(f"{path} did not start from {request.init_from}; leave --init_from out, or choose another --out_dir")
+
+
+def open_also(names: tuple[str, ...], first: DataDirectory) -> list[DataDirectory]:
+    """The directories of --also_eval. Raises ValueError for one with another tokenizer."""
+    also = [DataDirectory(name, first.tokenizer) for name in names]
+    for directory in also:
+        if not directory.tokenizer.same_ids(first.tokenizer):
+            raise ValueError(
+                f"--also_eval {directory.name} has another tokenizer than {first.name}; prepare it with --tokenizer {first.name}"
+            )
+    return also

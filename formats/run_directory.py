@@ -1,0 +1,203 @@
+"""A run directory: what train.py writes into it, what may be resumed or deleted there, and what `--checkpoint NAME` means.
+
+It holds best_model.pt (weights only), step_00001000.pt (complete, resumable), metrics.jsonl, config.json, tokenizer.json, loss.png.
+"""
+
+import dataclasses
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from config import GPTConfig, TrainConfig
+from formats import huggingface
+from formats.checkpoint import build_model, load_checkpoint
+from formats.export_record import read_record
+from formats.metrics import METRICS
+from formats.tokenizer import TextTokenizer
+from models import GPT
+from utils import fsync_directory, notice, write_json
+
+BEST = "best_model.pt"
+HOME = Path("checkpoints")  # where runs live unless a flag or config.py says otherwise
+WRITTEN = (BEST, METRICS, "config.json", "loss.png", "evaluation.json", "tokenizer.json", "export.json")
+
+# ---------------------------------------------------------------- finding
+
+
+def step_path(run_dir: Path, step: int) -> Path:
+    return run_dir / f"step_{step:08d}.pt"
+
+
+def step_checkpoints(run_dir: Path) -> list[Path]:
+    """The complete checkpoints of a run, newest first."""
+    return sorted((path for path in run_dir.glob("step_*.pt") if re.fullmatch(r"step_\d{8,}\.pt", path.name)), reverse=True)
+
+
+def is_finished(content: dict, config: TrainConfig | None = None) -> bool:
+    """Whether a complete checkpoint stands at the end of its run. config: what the run should be now, if that may have changed."""
+    config, progress = config or TrainConfig(**content["train_config"]), content["resume"]["progress"]
+    out_of_patience = 0 < config.patience <= progress["evaluations_since_best"]
+    return (content["step"] >= config.max_steps or out_of_patience) and not progress["evaluation_due"]
+
+
+def _has_finished(run_dir: Path) -> bool:
+    """Whether the run in a directory has come to its end. A best model without a log was copied there: nothing more will come."""
+    paths = step_checkpoints(run_dir)
+    if not paths:
+        return not (run_dir / METRICS).exists()
+    try:
+        return is_finished(torch.load(paths[0], mmap=True, weights_only=True))  # mapped: the weights aren't read
+    except Exception:  # a damaged file raises a dozen kinds
+        return False
+
+
+def newest_model(directory: Path) -> Path | None:
+    """The best model of the newest finished run at or below a directory, of the newest unfinished one where none has finished."""
+    models = sorted(directory.rglob(BEST), key=lambda path: path.stat().st_mtime, reverse=True)
+    return next((path for path in models if _has_finished(path.parent)), models[0] if models else None)
+
+
+def find_checkpoint(name: str) -> Path:
+    """What `--checkpoint NAME` means: a .pt file; a directory (the newest finished run at or below it, or an HF folder); or the name of
+    one below ./checkpoints, where `best_model.pt` alone means the newest finished run's.
+
+    Raises FileNotFoundError that lists what there is.
+    """
+    for path in (Path(name), HOME / name):
+        if path.is_file():
+            return path
+        if path.is_dir():
+            if huggingface.is_folder(path) and not (path / BEST).is_file():
+                return path
+            found = newest_model(path) or next(iter(step_checkpoints(path)), None)
+            if found is not None:
+                return found
+    if name == BEST and (found := newest_model(HOME)) is not None:
+        return found
+    there = sorted(map(str, HOME.rglob(BEST)))
+    raise FileNotFoundError(
+        f"no checkpoint at {name}; " + (f"there is {', '.join(there)}" if there else "train a model first: python train.py")
+    )
+
+
+def load_content(name: str) -> tuple[Path, dict]:
+    """What `--checkpoint NAME` means, and its content. Raises FileNotFoundError, ValueError."""
+    path = find_checkpoint(name)
+    return path, huggingface.load_folder(path) if path.is_dir() else load_checkpoint(path)
+
+
+def load_model(name: str, device: str = "cpu") -> tuple[GPT, TextTokenizer, Path, dict]:
+    """What `--checkpoint NAME` means: network in evaluation mode, tokenizer, the file or HF folder, its content."""
+    path, content = load_content(name)
+    model, tokenizer = build_model(content, str(path), device)
+    return model, tokenizer, path, content
+
+
+# ---------------------------------------------------------------- resuming
+
+
+def newest_checkpoint(run_dir: Path) -> tuple[Path, dict] | None:
+    """The newest complete checkpoint that is whole; damaged newer ones are named. None if the run has none at all.
+
+    Raises ValueError if all are damaged.
+    """
+    paths = step_checkpoints(run_dir)
+    for path in paths:
+        try:
+            return path, load_checkpoint(path)
+        except ValueError as error:
+            notice(f"warning: {error}")
+    if paths:
+        raise ValueError(f"no checkpoint in {run_dir} can be read; start again with --overwrite")
+    return None
+
+
+def is_whole(path: Path) -> bool:
+    try:
+        load_checkpoint(path)
+    except ValueError:
+        return False
+    return True
+
+
+def is_occupied(run_dir: Path) -> bool:
+    """Whether a directory holds a run, whole or begun."""
+    return (run_dir / METRICS).exists() or (run_dir / BEST).exists() or bool(step_checkpoints(run_dir))
+
+
+def find_resumed(resume: str | None, run_dir: Path) -> tuple[Path, dict] | None:
+    """The step checkpoint that --resume asks for; None to start from the beginning. Raises FileNotFoundError, ValueError."""
+    if resume is None:
+        return None
+    if resume != "auto" and Path(resume).is_file():
+        content = load_checkpoint(Path(resume))
+        if "resume" not in content:
+            raise ValueError(f"{resume} holds weights only and can't be resumed; give a step_*.pt or the run directory")
+        return Path(resume), content
+    found = newest_checkpoint(run_dir if resume == "auto" else Path(resume))
+    if found is None and resume != "auto":
+        raise FileNotFoundError(f"no checkpoint at {resume}; give a run directory or a step_*.pt, or start without --resume")
+    return found
+
+
+def is_claimed(run_dir: Path, resume: str | None, same_run: Callable[[dict], bool]) -> dict | None:
+    """The newest checkpoint's content if a new run's directory holds that very run, finished; None if it may be used.
+
+    Raises ValueError if it holds another run, which must not be deleted.
+    """
+    if not is_occupied(run_dir):
+        return None
+    newest = newest_checkpoint(run_dir)
+    if newest is not None and same_run(newest[1]) and is_finished(newest[1]):
+        return newest[1]
+    best = run_dir / BEST
+    if resume == "auto" and newest is None and (not best.exists() or same_run(load_checkpoint(best))):
+        return None  # this run, begun, but stopped before its first complete checkpoint
+    raise ValueError(
+        f"{run_dir} holds another run; continue it with --resume auto, delete it with --overwrite, or choose another --out_dir"
+    )
+
+
+def check_branch(path: Path, run_dir: Path) -> None:
+    """Refuse to resume `path` where newer checkpoints would be mixed with those to come, or into another run's directory.
+
+    Newer ones that are damaged are set aside. Raises ValueError.
+    """
+    if path.parent.resolve() != run_dir.resolve():
+        if is_occupied(run_dir):
+            raise ValueError(f"{run_dir} holds a run already; choose another --out_dir to continue {path} in")
+        return
+    newer = [p for p in step_checkpoints(run_dir) if p.name > path.name]
+    for damaged in [p for p in newer if not is_whole(p)]:
+        damaged.rename(damaged.with_suffix(".pt.damaged"))
+        newer.remove(damaged)
+    if newer:
+        raise ValueError(f"{run_dir} goes on to {newer[0].name}; delete what is newer than {path.name}, or continue in another --out_dir")
+
+
+# ---------------------------------------------------------------- writing
+
+
+def write_config(run_dir: Path, model: GPTConfig, train: TrainConfig, extra: dict) -> None:
+    """config.json: for people, never read back."""
+    write_json(run_dir / "config.json", {"model": dataclasses.asdict(model), "train": dataclasses.asdict(train)} | extra)
+
+
+def delete_old_checkpoints(run_dir: Path, keep: int | str) -> None:
+    """Keep the newest `keep` step checkpoints (a number, or "all")."""
+    if keep != "all":
+        for path in step_checkpoints(run_dir)[keep:]:
+            path.unlink()
+
+
+def clear_run(run_dir: Path) -> None:
+    """Delete what a run wrote into its directory, and what was exported from it; other files stay."""
+    for path in [*(run_dir / name for name in (*read_record(run_dir), "tensorboard", *WRITTEN)), *step_checkpoints(run_dir)]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    fsync_directory(run_dir)
