@@ -97,50 +97,17 @@ NonNegative = Annotated[float, Ge(0)]
 Fraction01 = Annotated[float, Ge(0), Le(1)]
 ProperFraction = Annotated[float, Ge(0), Lt(1)]
 
-# How the kinds of problems that pydantic finds are told: "batch_size=0 must be at least 1".
-PHRASES = {
-    "greater_than_equal": "at least {ge}",
-    "greater_than": "above {gt}",
-    "less_than": "below {lt}",
-    "less_than_equal": "at most {le}",
-    "literal_error": "{expected}",
-    "int_type": "a whole number",
-    "float_type": "a number",
-    "finite_number": "a finite number",
-    "bool_type": "True or False",
-    "string_type": "a text",
-    "tuple_type": "a tuple",
-}
-
 
 @functools.cache
 def _validator(kind: type):
-    """What checks a mapping of field names to values against the fields that the dataclass `kind` declares; a nested one checks itself."""
+    """What checks a mapping of names to values against the fields that the dataclass `kind` declares; nested ones check themselves."""
     import typing_extensions
     from pydantic import ConfigDict, TypeAdapter
 
     hints = typing.get_type_hints(kind, include_extras=True)
-    fields = {f.name: hints[f.name] for f in dataclasses.fields(kind) if not dataclasses.is_dataclass(hints[f.name])}
-    declared = typing_extensions.TypedDict(kind.__name__, fields)
+    declared = typing_extensions.TypedDict(kind.__name__, {n: h for n, h in hints.items() if not dataclasses.is_dataclass(h)})
     declared.__pydantic_config__ = ConfigDict(strict=True, allow_inf_nan=False)
-    return TypeAdapter(declared), fields.keys()
-
-
-def field_problems(config: object) -> tuple[list[str], bool]:
-    """What is wrong with the fields of a dataclass, each by itself, and whether all have the declared type."""
-    from pydantic import ValidationError
-
-    validator, names = _validator(type(config))
-    try:
-        validator.validate_python({name: getattr(config, name) for name in names})
-    except ValidationError as error:
-        wanted: dict[str, list[str]] = {}
-        for problem in error.errors(include_url=False):
-            phrase = PHRASES.get(problem["type"], problem["msg"]).format(**problem.get("ctx", {}))
-            wanted.setdefault(f"{problem['loc'][0]}={problem['input']!r}", []).append(phrase)
-        problems = [f"{what} must be {' or '.join(phrases)}" for what, phrases in wanted.items()]
-        return problems, not any(problem["type"].endswith("_type") for problem in error.errors(include_url=False))
-    return [], True
+    return TypeAdapter(declared)
 
 
 class Checked:
@@ -148,14 +115,25 @@ class Checked:
     then what `problems` says about fields together. Raises one ValueError that lists everything."""
 
     def __post_init__(self):
-        found, of_their_types = field_problems(self)
-        if of_their_types:
-            found += self.problems()
-        if found:
-            raise ValueError("; ".join(found))
+        from pydantic import ValidationError
+
+        found: dict[str, str] = {}
+        kinds: list[str] = []
+        try:
+            _validator(type(self)).validate_python(vars(self))
+        except ValidationError as error:
+            for problem in error.errors(include_url=False):
+                what, wanted = f"{problem['loc'][0]}={problem['input']!r}", problem["msg"].removeprefix("Input should be ")
+                found[what] = f"{found[what]} or {wanted}" if what in found else f"must be {wanted}"
+                kinds.append(problem["type"])
+        problems = [f"{what} {wanted}" for what, wanted in found.items()]
+        if not any(kind.endswith("_type") for kind in kinds):  # else fields can't be compared
+            problems += self.problems()
+        if problems:
+            raise ValueError("; ".join(problems))
 
     def problems(self) -> list[str]:
-        """What is wrong with fields that are right each by itself."""
+        """What is wrong with fields together, each being of its type."""
         return []
 
 
