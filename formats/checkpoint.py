@@ -4,8 +4,6 @@ A run directory holds best_model.pt (weights only), step_00001000.pt (complete, 
 A .pt file holds tensors and plain Python values only, and carries its tokenizer.
 """
 
-import dataclasses
-import json
 import re
 import shutil
 import zipfile
@@ -15,7 +13,7 @@ from pathlib import Path
 import torch
 
 from config import GPTConfig
-from formats.huggingface import config_from_hf, from_hf
+from formats.huggingface import is_folder, load_folder
 from formats.metrics import METRICS
 from formats.tokenizer import TextTokenizer
 from models import GPT
@@ -57,43 +55,6 @@ def load_checkpoint(path: Path) -> dict:
     return content
 
 
-def load_hf_folder(path: Path) -> dict:
-    """A folder of transformers (GPT-2 or Qwen3) as the content of a checkpoint. Raises ValueError where ours can't be the same model."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        values = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        config = config_from_hf(values)
-        index = path / "model.safetensors.index.json"
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["model.safetensors"]
-        outside = [name for name in names if Path(name).name != name]
-        if outside:
-            raise ValueError(f"it names {outside[0]!r}, a file outside of the folder")
-        weights = {key: weight for name in names for key, weight in load_file(path / name).items()}
-        tokenizer = (path / "tokenizer.json").read_bytes().decode()
-        model = from_hf(config, weights)
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"{path} has no {Path(str(error.filename or error)).name}; an HF folder needs config.json, safetensors and tokenizer.json"
-        ) from None
-    except (ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
-        raise ValueError(f"{path} can't be read as an HF folder: {' '.join(str(error).split())[:200]}") from None
-    return {
-        "format_version": FORMAT_VERSION,
-        "model_config": dataclasses.asdict(config),
-        "train_config": {},
-        "tokenizer": tokenizer,
-        "data": [],
-        "step": 0,
-        "model": model,
-    }
-
-
-def is_hf_folder(path: Path) -> bool:
-    return (path / "config.json").is_file() and any(path.glob("*.safetensors*"))
-
-
 def find_checkpoint(name: str) -> Path:
     """What `--checkpoint NAME` means: a .pt file, a run directory (its best model), an HF folder, or a bare name under ./checkpoints.
 
@@ -106,7 +67,7 @@ def find_checkpoint(name: str) -> Path:
             for candidate in (path / BEST, *step_checkpoints(path)):
                 if candidate.is_file():
                     return candidate
-            if is_hf_folder(path):
+            if is_folder(path):
                 return path
     there = sorted(str(path) for path in Path("checkpoints").glob(f"**/{BEST}"))
     raise FileNotFoundError(
@@ -135,7 +96,7 @@ def load_weights(model: GPT, weights: dict, name: str) -> None:
 def load_model(name: str, device: str = "cpu") -> tuple[GPT, TextTokenizer, Path, dict]:
     """What `--checkpoint NAME` means: network in evaluation mode, tokenizer, the file or HF folder, its content."""
     path = find_checkpoint(name)
-    content = load_hf_folder(path) if path.is_dir() else load_checkpoint(path)
+    content = load_folder(path) if path.is_dir() else load_checkpoint(path)
     model, tokenizer = build_model(content, str(path), device)
     return model, tokenizer, path, content
 
