@@ -106,8 +106,8 @@ def test_sigterm_ends_the_children_and_leaves_nothing_behind(tmp_path):
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline, children = time.time() + 120, []
     while not (children and any(tmp_path.iterdir())) and time.time() < deadline:
-        time.sleep(0.3)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        time.sleep(0.3)
     assert children and any(tmp_path.iterdir())
     process.terminate()
     assert process.wait(timeout=60) == 128 + signal.SIGTERM
