@@ -3,8 +3,8 @@
 gpt2  (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"): learned positions, LayerNorm, tanh GELU.
 qwen3 (Qwen Team 2025, "Qwen3 Technical Report"): rotary positions, RMSNorm, QK-norm, SwiGLU, shared key/value heads.
 
-Both have an exact twin in `transformers` (GPT2LMHeadModel, Qwen3ForCausalLM). They differ in five places only: positions, norm,
-the norm of queries and keys, the gate of the MLP, and biases.
+Each has a reference implementation in `transformers` (GPT2LMHeadModel, Qwen3ForCausalLM) that computes the same.
+They differ in five places only: positions, norm, the norm of queries and keys, the gate of the MLP, and biases.
 
 Letters in shape comments: B batch, T new tokens, S tokens attended to, C n_embd, H query heads, K key/value heads, D head_dim,
 V vocabulary.
@@ -258,6 +258,37 @@ class GPT(nn.Module):
         return torch.cat((idx, torch.stack(tokens, dim=1)), dim=1) if tokens else idx
 
 
+def sample_token(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw one token for each row of logits (B, V) -> (B,) int64 on the CPU.
+
+    temperature 0 (or below 1e-6) takes the most probable token. Filters apply in this order to the probabilities after the temperature:
+    top_k keeps the k most probable tokens; top_p the fewest whose probabilities reach p (Holtzman et al. 2019, nucleus sampling);
+    min_p those with at least min_p times the largest probability (Nguyen et al. 2024).
+    """
+    logits = logits.float().cpu()
+    if temperature < 1e-6:
+        return logits.argmax(dim=-1)
+    probs = ((logits - logits.amax(dim=-1, keepdim=True)) / temperature).softmax(dim=-1)
+    if top_k is not None:
+        largest, order = probs.topk(min(top_k, probs.size(-1)), dim=-1)
+        probs = torch.zeros_like(probs).scatter(-1, order, largest)
+    if top_p is not None:
+        ordered, order = probs.sort(dim=-1, descending=True)
+        before = ordered.cumsum(dim=-1) - ordered
+        keep = before < top_p * ordered.sum(dim=-1, keepdim=True)
+        probs = torch.zeros_like(probs).scatter(-1, order, ordered.where(keep, 0.0))
+    if min_p is not None:
+        probs = probs.where(probs >= min_p * probs.amax(dim=-1, keepdim=True), 0.0)
+    return torch.multinomial(probs, 1, generator=generator).squeeze(-1)
+
+
 CHUNK = {"cpu": 512}  # rows of logits held at once in training: measured on a CPU (MEASUREMENTS.md)
 GPU_CHUNK = 8192
 
@@ -308,34 +339,3 @@ class NextTokenLoss(nn.Module):
         """rows: (B, T + 1) int64, windows with the token behind each. Returns mean cross-entropy in nats and token accuracy, float32."""
         x = self.model.features(rows[:, :-1]).flatten(0, 1)  # (B T, C)
         return LinearCrossEntropy.apply(x, self.model.wte.weight, rows[:, 1:].flatten(), CHUNK.get(x.device.type, GPU_CHUNK))
-
-
-def sample_token(
-    logits: Tensor,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Draw one token for each row of logits (B, V) -> (B,) int64 on the CPU.
-
-    temperature 0 (or below 1e-6) takes the most probable token. Filters apply in this order to the probabilities after the temperature:
-    top_k keeps the k most probable tokens; top_p the fewest whose probabilities reach p (Holtzman et al. 2019, nucleus sampling);
-    min_p those with at least min_p times the largest probability (Nguyen et al. 2024).
-    """
-    logits = logits.float().cpu()
-    if temperature < 1e-6:
-        return logits.argmax(dim=-1)
-    probs = ((logits - logits.amax(dim=-1, keepdim=True)) / temperature).softmax(dim=-1)
-    if top_k is not None:
-        largest, order = probs.topk(min(top_k, probs.size(-1)), dim=-1)
-        probs = torch.zeros_like(probs).scatter(-1, order, largest)
-    if top_p is not None:
-        ordered, order = probs.sort(dim=-1, descending=True)
-        before = ordered.cumsum(dim=-1) - ordered
-        keep = before < top_p * ordered.sum(dim=-1, keepdim=True)
-        probs = torch.zeros_like(probs).scatter(-1, order, ordered.where(keep, 0.0))
-    if min_p is not None:
-        probs = probs.where(probs >= min_p * probs.amax(dim=-1, keepdim=True), 0.0)
-    return torch.multinomial(probs, 1, generator=generator).squeeze(-1)

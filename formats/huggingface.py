@@ -1,6 +1,7 @@
-"""The names and shapes under which `transformers` knows our two families: the one place for export and for --init_from.
+"""Folders of `transformers`, and the names and shapes under which it knows our two families: the one place for export and --init_from.
 
-gpt2 -> GPT2LMHeadModel, qwen3 -> Qwen3ForCausalLM. Rotary positions rotate the same halves there: no weight is permuted.
+Each family has a reference implementation there: gpt2 -> GPT2LMHeadModel, qwen3 -> Qwen3ForCausalLM. Rotary positions rotate the same
+halves of a head in both, so no weight is permuted.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from config import GPTConfig
 
-# our module in a block -> the twin's, whose rows stand one after the other in ours
+# our module in a block -> the reference's modules, whose rows stand one after the other in ours
 QWEN3_BLOCK = {
     "ln_1": ("input_layernorm",),
     "attn.c_attn": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -25,8 +26,44 @@ QWEN3_BLOCK = {
 }
 
 
+def is_folder(path: Path) -> bool:
+    """Whether a directory looks like a model that transformers saved."""
+    return (path / "config.json").is_file() and any(path.glob("*.safetensors*"))
+
+
+def load_folder(path: Path) -> dict:
+    """A folder of transformers (GPT-2 or Qwen3) as the content of a checkpoint. Raises ValueError where ours can't be the same model."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        config = config_from_hf(json.loads((path / "config.json").read_text(encoding="utf-8")))
+        index = path / "model.safetensors.index.json"
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+        outside = [name for name in names if Path(name).name != name]
+        if outside:
+            raise ValueError(f"it names {outside[0]!r}, a file outside of the folder")
+        weights = {key: weight for name in names for key, weight in load_file(path / name).items()}
+        tokenizer = (path / "tokenizer.json").read_bytes().decode()
+        model = from_hf(config, weights)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{path} has no {Path(str(error.filename or error)).name}; an HF folder needs config.json, safetensors and tokenizer.json"
+        ) from None
+    except (ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
+        raise ValueError(f"{path} can't be read as an HF folder: {' '.join(str(error).split())[:200]}") from None
+    return {
+        "model_config": dataclasses.asdict(config),
+        "train_config": {},
+        "tokenizer": tokenizer,
+        "data": [],
+        "step": 0,
+        "model": model,
+    }
+
+
 def hf_config(config: GPTConfig, eot_id: int) -> dict:
-    """config.json of the twin. It spells out what transformers would otherwise default to, which is wrong for small models."""
+    """config.json of the reference. It spells out what transformers would otherwise default to, which is wrong for small models."""
     common = {
         "vocab_size": config.vocab_size,
         "bos_token_id": eot_id,
@@ -70,7 +107,7 @@ def hf_config(config: GPTConfig, eot_id: int) -> dict:
 
 
 def config_from_hf(values: dict) -> GPTConfig:
-    """The shape of a twin by its config.json. Raises ValueError for a model that ours can't be equal to."""
+    """The shape of a reference model by its config.json. Raises ValueError for a model that ours can't be equal to."""
 
     def expect(name: str, value, default) -> None:
         if values.get(name, default) != value:
@@ -118,17 +155,17 @@ def config_from_hf(values: dict) -> GPTConfig:
 
 
 def to_hf(config: GPTConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state_dict of models.GPT under the twin's names and shapes. The tied output layer is left out, as transformers does."""
+    """A state_dict of models.GPT under the reference's names and shapes, without the tied output layer, as transformers saves it."""
     if config.arch == "gpt2":
         result = {f"transformer.{name}": _conv1d(name, weight) for name, weight in weights.items()}
         for name in [name for name in result if name.endswith(".weight") and "wte" not in name and "wpe" not in name]:
             outputs = result[name].size(-1)
-            result.setdefault(name.removesuffix("weight") + "bias", torch.zeros(outputs))  # the twin has no switch for biases
+            result.setdefault(name.removesuffix("weight") + "bias", torch.zeros(outputs))  # the reference has no switch for biases
         return result
     return {
-        twin: part.contiguous()
-        for name, twins in _qwen3_names(config).items()
-        for twin, part in zip(twins, weights[name].split(_rows(config, name, len(weights[name]))), strict=True)
+        theirs: part.contiguous()
+        for name, parts in _qwen3_names(config).items()
+        for theirs, part in zip(parts, weights[name].split(_rows(config, name, len(weights[name]))), strict=True)
     }
 
 
@@ -142,7 +179,7 @@ def from_hf(config: GPTConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
             raise ValueError("its output layer is not its embedding, as ours is")
         if config.arch == "gpt2":  # old files carry the causal mask too
             return {name: _conv1d(name, w) for name, w in weights.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))}
-        result = {name: torch.cat([weights.pop(twin) for twin in twins]) for name, twins in _qwen3_names(config).items()}
+        result = {name: torch.cat([weights.pop(part) for part in parts]) for name, parts in _qwen3_names(config).items()}
     except KeyError as error:
         raise ValueError(f"it has no weight {error}") from None
     if weights:
@@ -156,56 +193,16 @@ def _conv1d(name: str, weight: Tensor) -> Tensor:
 
 
 def _qwen3_names(config: GPTConfig) -> dict[str, tuple[str, ...]]:
-    """Our name of each weight -> the twin's names."""
+    """Our name of each weight -> the reference's names of its parts."""
     names = {"wte.weight": ("model.embed_tokens.weight",), "ln_f.weight": ("model.norm.weight",)}
     for layer in range(config.n_layer):
-        for module, twins in QWEN3_BLOCK.items():
-            names[f"h.{layer}.{module}.weight"] = tuple(f"model.layers.{layer}.{twin}.weight" for twin in twins)
+        for module, parts in QWEN3_BLOCK.items():
+            names[f"h.{layer}.{module}.weight"] = tuple(f"model.layers.{layer}.{part}.weight" for part in parts)
     return names
 
 
 def _rows(config: GPTConfig, name: str, rows: int) -> list[int] | int:
-    """How the rows of one of our weights are shared among the twin's."""
+    """How the rows of one of our weights are shared among the reference's."""
     if name.endswith("c_attn.weight"):
         return [heads * config.head_dim for heads in (config.n_head, config.kv_heads, config.kv_heads)]
     return config.mlp_width if name.endswith("c_fc.weight") else rows
-
-
-FORMAT_VERSION = 1
-
-
-def load_folder(path: Path) -> dict:
-    """A folder of transformers (GPT-2 or Qwen3) as the content of a checkpoint. Raises ValueError where ours can't be the same model."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        values = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        config = config_from_hf(values)
-        index = path / "model.safetensors.index.json"
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["model.safetensors"]
-        outside = [name for name in names if Path(name).name != name]
-        if outside:
-            raise ValueError(f"it names {outside[0]!r}, a file outside of the folder")
-        weights = {key: weight for name in names for key, weight in load_file(path / name).items()}
-        tokenizer = (path / "tokenizer.json").read_bytes().decode()
-        model = from_hf(config, weights)
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"{path} has no {Path(str(error.filename or error)).name}; an HF folder needs config.json, safetensors and tokenizer.json"
-        ) from None
-    except (ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
-        raise ValueError(f"{path} can't be read as an HF folder: {' '.join(str(error).split())[:200]}") from None
-    return {
-        "format_version": FORMAT_VERSION,
-        "model_config": dataclasses.asdict(config),
-        "train_config": {},
-        "tokenizer": tokenizer,
-        "data": [],
-        "step": 0,
-        "model": model,
-    }
-
-
-def is_folder(path: Path) -> bool:
-    return (path / "config.json").is_file() and any(path.glob("*.safetensors*"))

@@ -14,7 +14,7 @@ import torch
 from config import GPTConfig, TrainConfig
 from formats import huggingface
 from formats.checkpoint import build_model, load_checkpoint
-from formats.export_record import read_record
+from formats.export_record import RECORD, read_record
 from formats.metrics import METRICS
 from formats.tokenizer import TextTokenizer
 from models import GPT
@@ -22,7 +22,7 @@ from utils import fsync_directory, notice, write_json
 
 BEST = "best_model.pt"
 HOME = Path("checkpoints")  # where runs live unless a flag or config.py says otherwise
-WRITTEN = (BEST, METRICS, "config.json", "loss.png", "evaluation.json", "tokenizer.json", "export.json")
+WRITTEN = (BEST, METRICS, "config.json", "loss.png", "evaluation.json", "tokenizer.json", RECORD)
 
 # ---------------------------------------------------------------- finding
 

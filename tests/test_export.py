@@ -1,4 +1,8 @@
-"""export_model.py: what is exported computes what the model computes, or it is not kept."""
+"""export_model.py: what is exported computes what the model computes, or it is not kept; and nothing else is deleted for it."""
+
+import dataclasses
+import json
+import shutil
 
 import numpy as np
 import onnx
@@ -7,7 +11,8 @@ import pytest
 import torch
 
 import export_model
-from formats.checkpoint import load_model
+from formats.export_record import RECORD, add_record, read_record
+from formats.run_directory import load_model
 from tests.conftest import tiny
 
 
@@ -24,7 +29,7 @@ def gpt2_run(tmp_path_factory, sample_dir):
 def test_exports_equal_the_model_at_any_shape(family, trained_run, gpt2_run, script, tmp_path):
     run = trained_run if family == "qwen3" else gpt2_run
     script("export_model.py", "--checkpoint", run, "--format", "onnx", "torchscript", "--output", tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["best_model.onnx", "best_model.ts.pt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best_model.onnx", "best_model.ts.pt", RECORD]
     model, *_ = load_model(str(run))
     assert model.config.arch == family
     onnx.checker.check_model(onnx.load(tmp_path / "best_model.onnx"))
@@ -48,32 +53,80 @@ def test_a_folder_for_transformers(family, trained_run, gpt2_run, sample_dir, tm
     run = trained_run if family == "qwen3" else gpt2_run
     for _ in range(2):  # the second export replaces the first
         assert export_model.main(["--checkpoint", str(run), "--format", "hf", "--output", str(tmp_path)]) == 0
-    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
-    twin = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [RECORD, "hf"]
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     model, tokenizer, *_ = load_model(str(run))
     ids = tokenizer.encode("Once upon a time, there was a naïve frog.")
     assert theirs.encode("Once upon a time, there was a naïve frog.") == ids and theirs.eos_token_id == tokenizer.eot_id
     prompt = torch.tensor([ids[:8]])
     expected = model.generate(prompt, 12, temperature=0)
-    got = twin.generate(
+    got = reference.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
     )
     assert torch.equal(got, expected)
 
 
 def test_a_file_that_computes_something_else_is_deleted(trained_run, tmp_path, monkeypatch, capsys):
-    original = export_model.write_onnx
+    onnx_format = export_model.FORMATS["onnx"]
 
     def wrong(model, tokenizer, path):
-        run = original(model, tokenizer, path)
+        run = onnx_format.write(model, tokenizer, path)
         return lambda ids: run(ids) + 1e-3
 
-    monkeypatch.setitem(export_model.FORMATS, "onnx", (".onnx", wrong))
+    monkeypatch.setitem(export_model.FORMATS, "onnx", dataclasses.replace(onnx_format, write=wrong))
     assert export_model.main(["--checkpoint", str(trained_run), "--format", "onnx", "--output", str(tmp_path)]) == 1
     assert list(tmp_path.iterdir()) == [] and "the file was deleted" in capsys.readouterr().err
 
 
-def test_mistakes_are_one_sentence(script, trained_run, tmp_path):
-    assert "unknown format gif" in script("export_model.py", "--format", "gif", "--checkpoint", trained_run, code=2).stderr
-    assert "no checkpoint at" in script("export_model.py", "--format", "onnx", cwd=tmp_path, code=2).stderr
+def test_the_record_lists_every_export_and_no_path(trained_run, tmp_path):
+    assert export_model.main(["--checkpoint", str(trained_run), "--output", str(tmp_path)]) == 0  # onnx, without --format
+    assert export_model.main(["--checkpoint", str(trained_run), "--format", "torchscript", "--output", str(tmp_path)]) == 0
+    record = read_record(tmp_path)
+    assert record.keys() == {"best_model.onnx", "best_model.ts.pt"}
+    entry = record["best_model.onnx"]
+    assert entry.pop("largest_logit_difference") <= 1e-4
+    assert entry == {"format": "onnx", "checkpoint": "best_model.pt", "torch": torch.__version__}
+    assert str(tmp_path) not in (tmp_path / RECORD).read_text() and str(trained_run) not in (tmp_path / RECORD).read_text()
+
+
+def test_a_record_leads_nowhere_else(tmp_path):
+    names = ["best_model.onnx", "hf", "", ".", "..", "../x", "/etc/x", "hf/", "a/b", "..\\x", "C:x"]
+    (tmp_path / RECORD).write_text(json.dumps({"files": {name: {} for name in names}}))
+    assert read_record(tmp_path).keys() == {"best_model.onnx", "hf"}
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"files": ["x"]}', "\xff", "[" * 100_000])
+def test_a_damaged_record_is_begun_afresh(tmp_path, capsys, content):
+    (tmp_path / RECORD).write_bytes(content.encode("latin-1"))
+    add_record(tmp_path, "best_model.onnx", {"format": "onnx"})
+    assert "is damaged" in capsys.readouterr().err and read_record(tmp_path) == {"best_model.onnx": {"format": "onnx"}}
+
+
+@pytest.mark.parametrize(("format", "name"), [("hf", "hf"), ("torchscript", "best_model.ts.pt")])
+def test_a_folder_that_was_not_exported_stays(trained_run, tmp_path, mistake, format, name):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "notes").write_text("mine")
+    (tmp_path / "hf.tmp").mkdir()
+    stderr = mistake("export_model.py", "--checkpoint", trained_run, "--format", "onnx", format, "--output", tmp_path, cwd=tmp_path)
+    assert "so it is no export to replace" in stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted({name, "hf.tmp"}) and (tmp_path / name / "notes").read_text() == "mine"
+
+
+def test_the_source_is_never_the_target(trained_run, tmp_path, mistake):
+    """Not even where the record says that it was exported."""
+    models = tmp_path / "models"
+    assert export_model.main(["--checkpoint", str(trained_run), "--format", "hf", "--output", str(models)]) == 0
+    shutil.copy(trained_run / "best_model.pt", models / "hf")
+    for source in ("models/hf", "models/hf/best_model.pt"):
+        stderr = mistake("export_model.py", "--checkpoint", source, "--format", "hf", "--output", models, cwd=tmp_path)
+        assert "is what would be exported" in stderr
+    assert (models / "hf" / "model.safetensors").is_file() and (models / "hf" / "best_model.pt").is_file()
+
+
+def test_mistakes_are_one_sentence(mistake, trained_run, tmp_path):
+    assert "'gif'" in mistake("export_model.py", "--format", "gif", "--checkpoint", trained_run, cwd=tmp_path)
+    assert "--format needs at least one of onnx" in mistake("export_model.py", "--format", "--checkpoint", trained_run, cwd=tmp_path)
+    assert "no checkpoint at" in mistake("export_model.py", "--format", "onnx", cwd=tmp_path)
+    with pytest.raises(ValueError, match="unknown format gif"):
+        export_model.check_formats(["onnx", "gif"])

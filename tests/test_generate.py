@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from generate import decode_stream, until_stop
+from generation.streaming import decode_stream, until_stop
 from preparation.tokenizer_kinds import byte_tokenizer, char_tokenizer, train_bpe
 
 BPE, BYTE = train_bpe(["one little two little three little frogs"], 280), byte_tokenizer()

@@ -35,13 +35,13 @@ def test_logits_equal_those_of_transformers(family):
     for parameter in model.parameters():  # biases and norms too, so that a forgotten one shows
         torch.nn.init.normal_(parameter, std=0.2, mean=0.1)
     config = transformers.AutoConfig.for_model(**hf_config(model.config, eot_id=0))
-    twin = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
-    missing, unexpected = twin.load_state_dict(to_hf(model.config, model.state_dict()), strict=False)
+    reference = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    missing, unexpected = reference.load_state_dict(to_hf(model.config, model.state_dict()), strict=False)
     assert set(missing) <= {"lm_head.weight"} and not unexpected
-    twin.tie_weights()
+    reference.tie_weights()
     x = ids(2, 24)
     with torch.inference_mode():
-        difference = (model(x)[0] - twin(x).logits).abs().max().item()
+        difference = (model(x)[0] - reference(x).logits).abs().max().item()
     assert difference < 2e-5
 
 
