@@ -235,6 +235,20 @@ PRESETS = {
     "medium": (GPTConfig.medium, {"learning_rate": 3e-4}),
 }
 
+# What --init_from sets unless a flag says otherwise, for a model that already knows something; measured (MEASUREMENTS.md).
+FINE_TUNING = {
+    "learning_rate": 1e-3,  # at a width of 128; falls with the width, as the presets' rates do
+    "muon_learning_rate": 2e-3,
+    "batch_size": 8,
+    "gradient_accumulation_steps": 1,
+    "epochs": 2.0,
+    "warmup_steps": 50,
+    "lr_schedule": "linear",
+    "final_lr_fraction": 0.0,
+    "eval_interval": 200,
+    "checkpoint_interval": 200,
+}
+
 # The two lines to edit for an experiment, e.g. ModelConfig.tiny(block_size=256, dropout=0.1) and
 # TrainConfig(data_dir="./data_v1", learning_rate=1e-3).
 model_config = ModelConfig.small()

@@ -13,14 +13,11 @@ import math
 import signal
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-import config as settings
-from config import GPTConfig, TrainConfig
 from formats.checkpoint import load_weights, save_checkpoint
 from formats.data_directory import META, DataDirectory
 from formats.metrics import MetricsLog
@@ -31,35 +28,10 @@ from training.estimates import fitting_batch
 from training.learner import Learner
 from training.processes import Processes
 from training.report import StepLog, announce, duration, open_log, plot_losses
-from training.start import Request, Start, make_start, open_directories, read_request, read_source, run_directory, weights_for
+from training.start import Arguments, Start, make_start, open_directories, read_arguments, read_source, run_directory, weights_for
 from training.step import training_step
 from training.validation import Validation
 from utils import LostProcess, Machine, StopSignal, choose_device, explained_failures, notice, run_script, write_text
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """What one call of train.py works on; how it trains stands in TrainConfig and GPTConfig."""
-
-    dataset: str | None = None
-    """Instead of --data_dir: a file as prepare_data.py reads (or a hub dataset), which is prepared into the run's own data/ first."""
-    tokenizer: str | None = None
-    """For --dataset: gpt2 (default), bpe, wordpiece, word, char, byte or a tokenizer.json. For data without meta.json: its tokenizer."""
-    preset: str | None = None
-    """nano, mini, tiny, small or medium: a model and the training values that go with it."""
-    resume: str | None = None
-    """auto: continue the run in the run directory if there is one, else start it. Or the path of a run or step checkpoint."""
-    init_from: str | None = None
-    """Start from the weights of a checkpoint, run directory, HF folder (GPT-2 or Qwen3) or gpt2, with fine-tuning's rates and length."""
-    also_eval: tuple[str, ...] = ()
-    """Further data directories to evaluate on while training, e.g. the old domain; the best model is chosen by the first --data_dir."""
-    overwrite: bool = False
-    """Delete the run that occupies the run directory and start afresh."""
-    export: tuple[str, ...] = ()
-    """Formats to export the best model to at the end, as export_model.py --format."""
-    model: GPTConfig = field(default_factory=lambda: settings.model_config)
-    train: TrainConfig = field(default_factory=lambda: settings.train_config)
-
 
 # ---------------------------------------------------------------- the loop
 
@@ -158,21 +130,21 @@ def set_up(start: Start, device: str, processes: Processes) -> tuple[Learner, Va
     return learner, validation
 
 
-def prepare_text(args: Arguments, request: Request, run_dir: Path, source: dict | None) -> None:
+def prepare_text(args: Arguments, asked: dict[str, object], run_dir: Path, source: dict | None) -> None:
     """Prepare --dataset into the run's own data/, unless it holds the same already, or a run that was trained on it is to be resumed."""
     import prepare_data
 
     if find_resumed(args.resume, run_dir) is not None and (run_dir / "data" / META).is_file():
         return
     given = {"input": (args.dataset,)} if Path(args.dataset).exists() else {"dataset": (args.dataset,)}
-    choices = {"vocab_size": request.asked["vocab_size"]} if "vocab_size" in request.asked else {}
+    choices = {"vocab_size": asked["vocab_size"]} if "vocab_size" in asked else {}
     tokenizer = args.tokenizer
     if source is not None:
         tokenizer = str(run_dir / "tokenizer.json")
         if not is_occupied(run_dir) or not Path(tokenizer).is_file():
             run_dir.mkdir(parents=True, exist_ok=True)
             write_text(Path(tokenizer), source["tokenizer"])
-    preparing = prepare_data.Arguments(**given, output=str(run_dir / "data"), tokenizer=tokenizer, seed=request.train.seed, **choices)
+    preparing = prepare_data.Arguments(**given, output=str(run_dir / "data"), tokenizer=tokenizer, seed=args.train.seed, **choices)
     if prepare_data.is_prepared(preparing):
         notice(f"{run_dir / 'data'} holds {args.dataset} already")
         return
@@ -203,19 +175,19 @@ def export(run_dir: Path, formats: tuple[str, ...]) -> int:
     return 0 if export_model.export(run_dir / BEST, formats, run_dir) else 1
 
 
-def run(args: Arguments, request: Request, device: str, processes: Processes) -> int:
+def run(args: Arguments, asked: dict[str, object], device: str, processes: Processes) -> int:
     """The whole stage in one process of those that train together. Returns the exit code."""
-    run_dir = run_directory(request, args.dataset)
+    run_dir = run_directory(args)
     resumed = find_resumed(args.resume, run_dir)
     source = read_source(args.init_from) if args.init_from is not None and resumed is None else None
     if args.dataset is not None:
         if processes.first:
-            prepare_text(args, request, run_dir, source)
+            prepare_text(args, asked, run_dir, source)
         processes.wait()
         directories, weights = [DataDirectory(run_dir / "data")], [None]
     else:
-        directories, weights = open_directories(request.train.data_dir, args.tokenizer)
-    start = make_start(request, run_dir, resumed, source, directories, weights, args.also_eval)
+        directories, weights = open_directories(args.train.data_dir, args.tokenizer)
+    start = make_start(args, asked, resumed, source, directories, weights)
     finished = start.finished_step(args.overwrite, args.resume)
     if finished is not None:
         if not processes.first:
@@ -232,22 +204,20 @@ def run(args: Arguments, request: Request, device: str, processes: Processes) ->
 
 
 def main(argv: list[str] | None = None) -> int:
-    args, request = read_request(Arguments, argv, __doc__)
+    args, asked = read_arguments(argv, __doc__)
     if args.export:
         import export_model
 
         export_model.check_formats(args.export)
     processes = Processes()
-    device = processes.start(choose_device(request.train.device))
-    half = max(1, request.train.batch_size // 2)
-    advice = (
-        f"pass --batch_size {half} --gradient_accumulation_steps {-(-request.train.windows_per_step // half)} (the same effective batch)"
-    )
+    device = processes.start(choose_device(args.train.device))
+    half = max(1, args.train.batch_size // 2)
+    advice = f"pass --batch_size {half} --gradient_accumulation_steps {-(-args.train.windows_per_step // half)} (the same effective batch)"
     try:
         with explained_failures(device, f"{advice}, a shorter --block_size or a smaller --preset", processes.count):
-            return run(args, request, device, processes)
+            return run(args, asked, device, processes)
     except FloatingPointError as error:
-        saved = step_checkpoints(run_directory(request, args.dataset))
+        saved = step_checkpoints(run_directory(args))
         onward = f"continue from {saved[0]} with --resume auto and" if saved else "start again with"
         notice(f"error: {error}; {onward} a lower --learning_rate and --muon_learning_rate")
         return 1

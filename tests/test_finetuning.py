@@ -9,7 +9,7 @@ import transformers
 
 import prepare_data
 import train
-from config import GPTConfig, TrainConfig
+from config import FINE_TUNING, GPTConfig, TrainConfig
 from formats.checkpoint import load_checkpoint
 from formats.huggingface import config_from_hf, from_hf, to_hf
 from formats.metrics import read_metrics
@@ -18,7 +18,7 @@ from formats.tokenizer import TextTokenizer
 from models import GPT
 from preparation.tokenizer_kinds import byte_tokenizer
 from tests.conftest import tiny
-from training import start as starting_point
+from training import start
 
 FAMILIES = {
     "gpt2": GPTConfig(block_size=48, vocab_size=257, n_layer=2, n_head=2, n_embd=32),
@@ -150,7 +150,7 @@ def test_adapting_a_run_to_another_text(tmp_path, trained_run, sample_dir, scrip
     run, source = (load_checkpoint(path / "best_model.pt") for path in (tmp_path / "run", trained_run))
     assert run["tokenizer"] == source["tokenizer"] and run["model_config"] == source["model_config"]
     assert run["init_from"]["name"] == str(trained_run)
-    assert run["train_config"]["learning_rate"] == starting_point.VALUES["learning_rate"]
+    assert run["train_config"]["learning_rate"] == FINE_TUNING["learning_rate"]
     assert "finished at step 12" in script("train.py", *arguments).stdout
     again = [word if word != str(trained_run) else str(tmp_path / "run") for word in arguments]
     assert "did not start from" in script("train.py", *again, code=2).stderr
@@ -179,7 +179,7 @@ def test_the_tokenizer_of_the_source_is_enforced(tmp_path, trained_run, sample_d
 @pytest.mark.parametrize(
     ("flags", "part"),
     [
-        (["--n_layer", "7"], "n_layer=7, but"),
+        (["--n_layer", "7"], "n_layer=2, not 7"),
         (["--block_size", "64"], "learned 32 positions"),
         (["--preset", "nano"], "--preset chooses a shape"),
         (["--dataset", "text.txt", "--tokenizer", "byte"], "brings its own tokenizer"),
@@ -201,7 +201,7 @@ def test_gpt2_by_name(tmp_path, monkeypatch):
     (path / "tokenizer.json").write_text(byte_tokenizer().json)
     asked = []
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: asked.append(name) or str(path))
-    source = starting_point.read_source("gpt2")
+    source = start.read_source("gpt2")
     assert asked == ["openai-community/gpt2"] and source["origin"]["name"] == "gpt2" and len(source["origin"]["sha256"]) == 64
 
     def offline(name, **options):
@@ -209,7 +209,7 @@ def test_gpt2_by_name(tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(ValueError, match="gpt2 can't be had from the Hugging Face hub"):
-        starting_point.read_source("gpt2")
+        start.read_source("gpt2")
 
 
 def test_tokenizer_files_that_differ_in_format_only_are_the_same():
@@ -222,10 +222,10 @@ def test_tokenizer_files_that_differ_in_format_only_are_the_same():
 
 
 def test_fine_tuning_values_give_way_to_flags():
-    config = starting_point.with_values(TrainConfig(batch_size=3, max_steps=7), {"batch_size", "max_steps"}, 128)
+    config = start.fine_tuning(TrainConfig(batch_size=3, max_steps=7), {"batch_size": 3, "max_steps": 7}, 128)
     assert config.batch_size == 3 and config.max_steps == 7 and config.epochs is None
-    assert starting_point.with_values(TrainConfig(), set(), 1024).learning_rate == starting_point.VALUES["learning_rate"] / 8
-    assert starting_point.with_values(TrainConfig(), set(), 128).epochs == starting_point.VALUES["epochs"]
+    assert start.fine_tuning(TrainConfig(), {}, 1024).learning_rate == FINE_TUNING["learning_rate"] / 8
+    assert start.fine_tuning(TrainConfig(), {}, 128).epochs == FINE_TUNING["epochs"]
 
 
 def test_replay_mixes_the_old_domain_in(tmp_path, trained_run, sample_dir):

@@ -5,7 +5,7 @@ import hashlib
 import math
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import get_args, get_type_hints
 from torch import Tensor
 
 import config as settings
-from config import PRESETS, GPTConfig, TrainConfig
+from config import FINE_TUNING, PRESETS, GPTConfig, TrainConfig
 from formats import huggingface
 from formats.data_directory import DataDirectory
 from formats.run_directory import HOME, is_claimed, is_finished, load_content
@@ -33,37 +33,31 @@ LENGTHS = ("max_steps", "epochs", "max_tokens")
 HUB_NAMES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium")}
 HUB_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
-# For a model that already knows something: what a field is set to unless a flag says otherwise; chosen by measurement (MEASUREMENTS.md).
-FINE_TUNING = {
-    "learning_rate": 1e-3,  # at a width of 128; falls with the width, as the presets' rates do
-    "muon_learning_rate": 2e-3,
-    "batch_size": 8,
-    "gradient_accumulation_steps": 1,
-    "epochs": 2.0,
-    "warmup_steps": 50,
-    "lr_schedule": "linear",
-    "final_lr_fraction": 0.0,
-    "eval_interval": 200,
-    "checkpoint_interval": 200,
-}
+# ---------------------------------------------------------------- what is asked for
 
 
 @dataclass(frozen=True)
-class Request:
-    """What the user wants: the configurations as flags, preset and config.py give them.
+class Arguments:
+    """What one call of train.py works on; how it trains stands in TrainConfig and GPTConfig."""
 
-    asked: name -> value of the fields that flags or the preset set. new_data: the data is prepared for this very run (--dataset).
-    """
-
-    model: GPTConfig
-    train: TrainConfig
-    asked: dict[str, object]
+    dataset: str | None = None
+    """Instead of --data_dir: a file as prepare_data.py reads (or a hub dataset), which is prepared into the run's own data/ first."""
+    tokenizer: str | None = None
+    """For --dataset: gpt2 (default), bpe, wordpiece, word, char, byte or a tokenizer.json. For data without meta.json: its tokenizer."""
+    preset: str | None = None
+    """nano, mini, tiny, small or medium: a model and the training values that go with it."""
     resume: str | None = None
+    """auto: continue the run in the run directory if there is one, else start it. Or the path of a run or step checkpoint."""
     init_from: str | None = None
-    new_data: bool = False
-
-
-# ---------------------------------------------------------------- what is asked for
+    """Start from the weights of a checkpoint, run directory, HF folder (GPT-2 or Qwen3) or gpt2, with fine-tuning's rates and length."""
+    also_eval: tuple[str, ...] = ()
+    """Further data directories to evaluate on while training, e.g. the old domain; the best model is chosen by the first --data_dir."""
+    overwrite: bool = False
+    """Delete the run that occupies the run directory and start afresh."""
+    export: tuple[str, ...] = ()
+    """Formats to export the best model to at the end, as export_model.py --format."""
+    model: GPTConfig = field(default_factory=lambda: settings.model_config)
+    train: TrainConfig = field(default_factory=lambda: settings.train_config)
 
 
 def preset_of(words: list[str]) -> tuple[GPTConfig, TrainConfig, dict[str, object]]:
@@ -87,12 +81,12 @@ def preset_of(words: list[str]) -> tuple[GPTConfig, TrainConfig, dict[str, objec
     return model, train, asked
 
 
-def read_request(kind: type, argv: list[str] | None, doc: str | None):
-    """The command line of train.py, whose flags `kind` declares, as (an instance of it, the Request). Raises ValueError."""
-    words = normalize_flags(kind, sys.argv[1:] if argv is None else list(argv), {})
+def read_arguments(argv: list[str] | None, doc: str | None) -> tuple[Arguments, dict[str, object]]:
+    """The command line over preset and config.py; and name -> value of the fields that flags or the preset set. Raises ValueError."""
+    words = normalize_flags(Arguments, sys.argv[1:] if argv is None else list(argv), {})
     model, train, asked = preset_of(words)
-    args = parse_flags(kind, words, doc, default=kind(model=model, train=train))
-    flags, train = asked_values(words, args.model, args.train), args.train
+    args = parse_flags(Arguments, words, doc, default=Arguments(model=model, train=train))
+    flags = asked_values(words, args.model, args.train)
     lengths = [name for name in LENGTHS if name in flags]
     problems = {
         "give either --data_dir or --dataset, not both": args.dataset and "data_dir" in flags,
@@ -100,40 +94,42 @@ def read_request(kind: type, argv: list[str] | None, doc: str | None):
         f"--{' and --'.join(lengths)} both set the length of the run; give one of them": len(lengths) > 1,
         "--preset chooses a shape and --init_from brings its own; leave --preset out": args.init_from and args.preset,
         "--init_from brings its own tokenizer; leave --tokenizer out": args.init_from and args.dataset and args.tokenizer,
-        "--tensorboard needs the package tensorboard; run: pip install tensorboard": train.tensorboard and not find_spec("tensorboard"),
+        "--tensorboard needs the package tensorboard; run: pip install tensorboard": args.train.tensorboard
+        and not find_spec("tensorboard"),
     }
     if any(problems.values()):
         raise ValueError("; ".join(problem for problem, there in problems.items() if there))
     if lengths:  # replaces whatever length config.py or a preset sets
         others = {name: None for name in ("epochs", "max_tokens") if name not in lengths}
-        flags, train = flags | others, dataclasses.replace(train, **others)
-    return args, Request(args.model, train, asked | flags, args.resume, args.init_from, new_data=args.dataset is not None)
+        args, flags = dataclasses.replace(args, train=dataclasses.replace(args.train, **others)), flags | others
+    return args, asked | flags
 
 
-def run_directory(request: Request, dataset: str | None) -> Path:
+def run_directory(args: Arguments) -> Path:
     """Where the run lives: as asked, beside the checkpoint to resume, or below ./checkpoints by the name of its data."""
-    if request.train.out_dir is not None:
-        return Path(request.train.out_dir)
-    if request.resume not in (None, "auto"):
-        path = Path(request.resume)
+    if args.train.out_dir is not None:
+        return Path(args.train.out_dir)
+    if args.resume not in (None, "auto"):
+        path = Path(args.resume)
         return path.parent if path.suffix == ".pt" else path
-    if dataset is not None:
-        return HOME / Path(dataset).stem
-    directories = [Path(parse_weighted(text)[0]) for text in request.train.data_dir]
+    if args.dataset is not None:
+        return HOME / Path(args.dataset).stem
+    directories = [Path(parse_weighted(text)[0]) for text in args.train.data_dir]
     return HOME if directories == [Path("data")] else HOME / "+".join(directory.resolve().name for directory in directories)
 
 
 # ---------------------------------------------------------------- the configuration
 
 
-def resolve(request: Request, tokenizer: TextTokenizer, resumed: dict | None, source: dict | None) -> tuple[GPTConfig, TrainConfig]:
+def resolve(
+    args: Arguments, asked: dict[str, object], tokenizer: TextTokenizer, resumed: dict | None, source: dict | None
+) -> tuple[GPTConfig, TrainConfig]:
     """The run's configuration: that of the resumed checkpoint, of the source's model, or as asked; changed where that may be.
 
     Raises ValueError for a change that would make it another run or another model.
     """
-    asked = request.asked
     if resumed is not None:
-        owner, places = "the run to resume", {name: getattr(request.train, name) for name in PLACES}
+        owner, places = "the run to resume", {name: getattr(args.train, name) for name in PLACES}
         asked = {name: value for name, value in asked.items() if name != "vocab_size"} | places
         model = replace_fields(GPTConfig(**resumed["model_config"]), asked, CHANGEABLE, owner)
         return model, replace_fields(TrainConfig(**resumed["train_config"]), asked, CHANGEABLE, owner)
@@ -142,12 +138,12 @@ def resolve(request: Request, tokenizer: TextTokenizer, resumed: dict | None, so
         if asked.get("block_size", 0) > shape["block_size"]:
             raise ValueError(f"block_size={asked['block_size']}, but {name} has learned {shape['block_size']} positions; pass at most that")
         model = replace_fields(GPTConfig(**shape | {"dropout": 0.0, "flash": True}), asked, OF_THIS_RUN, name)
-        return model, fine_tuning(request.train, asked, model.n_embd)
-    if "vocab_size" in asked and not request.new_data and asked["vocab_size"] != tokenizer.vocab_size:
+        return model, fine_tuning(args.train, asked, model.n_embd)
+    if "vocab_size" in asked and args.dataset is None and asked["vocab_size"] != tokenizer.vocab_size:
         raise ValueError(
             f"vocab_size={asked['vocab_size']}, but the data's tokenizer has {tokenizer.vocab_size} ids; leave --vocab_size out"
         )
-    return dataclasses.replace(request.model, vocab_size=tokenizer.vocab_size), request.train
+    return dataclasses.replace(args.model, vocab_size=tokenizer.vocab_size), args.train
 
 
 def fine_tuning(config: TrainConfig, asked: dict[str, object], n_embd: int) -> TrainConfig:
@@ -281,23 +277,23 @@ class Start:
 
 
 def make_start(
-    request: Request,
-    run_dir: Path,
+    args: Arguments,
+    asked: dict[str, object],
     resumed: tuple[Path, dict] | None,
     source: dict | None,
     directories: list[DataDirectory],
     weights: list[Fraction | None],
-    also: tuple[str, ...],
 ) -> Start:
     """Put together what was read, and resolve the configuration. Raises ValueError, FileNotFoundError for what can't be done."""
     if source is not None:
         check_tokenizer(source, directories[0])
-    model_config, config = resolve(request, directories[0].tokenizer, resumed and resumed[1], source)
+    model_config, config = resolve(args, asked, directories[0].tokenizer, resumed and resumed[1], source)
     data = TrainingData(directories, weights, model_config.block_size, config.seed)
-    config = fix_length(config, "warmup_steps" in request.asked or resumed is not None, data)
+    config = fix_length(config, "warmup_steps" in asked or resumed is not None, data)
     if resumed is not None:
-        check_resumed(resumed, request, data)
-    return Start(run_dir, model_config, config, directories, open_also(also, directories[0]), data, resumed, source)
+        check_resumed(resumed, args.init_from, data)
+    also = open_also(args.also_eval, directories[0])
+    return Start(run_directory(args), model_config, config, directories, also, data, resumed, source)
 
 
 def open_directories(names: tuple[str, ...], tokenizer_name: str | None) -> tuple[list[DataDirectory], list[Fraction | None]]:
@@ -312,14 +308,14 @@ def open_directories(names: tuple[str, ...], tokenizer_name: str | None) -> tupl
     return directories, list(weights)
 
 
-def check_resumed(resumed: tuple[Path, dict], request: Request, data: TrainingData) -> None:
+def check_resumed(resumed: tuple[Path, dict], init_from: str | None, data: TrainingData) -> None:
     """Raise ValueError unless the resumed run was trained on this data and started from the model that is asked for."""
     path, content = resumed
     if content["data"] != data.fingerprint:
         before = " ".join(content["train_config"].get("data_dir", ()))
         raise ValueError(f"{path} was trained on other data; give its --data_dir {before or 'DIR'}, or another --out_dir")
-    if request.init_from is not None and (content.get("init_from") or {}).get("name") != request.init_from:
-        raise ValueError(f"{path} did not start from {request.init_from}; leave --init_from out, or choose another --out_dir")
+    if init_from is not None and (content.get("init_from") or {}).get("name") != init_from:
+        raise ValueError(f"{path} did not start from {init_from}; leave --init_from out, or choose another --out_dir")
 
 
 def open_also(names: tuple[str, ...], first: DataDirectory) -> list[DataDirectory]:
