@@ -89,7 +89,7 @@ def test_published_gpt2_files_without_prefix_and_with_masks_are_read():
         ("qwen3", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "rope_type is 'yarn'"),
         ("gpt2", {"activation_function": "relu"}, "activation_function is 'relu'"),
         ("gpt2", {"model_type": "llama"}, "model_type is 'llama'"),
-        ("gpt2", {"n_layer": None}, "its configuration"),
+        ("gpt2", {"n_layer": None}, "n_layer=None"),
         ("gpt2", {"n_layer": 3}, "no weight|do not fit"),
     ],
 )
