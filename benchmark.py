@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+from utils import Checked, Count, choose_device, read_command_line, run_script
+
 import tyro
 from annotated_types import Ge
 
 from benchmarks import preparation, quality, training
 from benchmarks.harness import workplace
-from utils import Checked, Count, choose_device, read_command_line, run_script
 
 PEERS = ("nanogpt",)
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from utils import Checked, Count, choose_device, notice, read_command_line, run_script, write_json
+
 import numpy as np
 import tyro
 from tqdm import tqdm
@@ -19,7 +21,6 @@ from tqdm import tqdm
 from evaluation.measures import score_tokens, why_no_bits_per_byte
 from formats.data_directory import DTYPE, DataDirectory
 from formats.run_directory import load_model
-from utils import Checked, Count, choose_device, notice, read_command_line, run_script, write_json
 
 
 @dataclass(frozen=True)

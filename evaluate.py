@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from utils import Checked, Count, choose_device, notice, read_command_line, run_script, write_json
+
 import numpy as np
 from tqdm import tqdm
 
@@ -22,7 +24,6 @@ from formats.run_directory import load_model
 from formats.tokenizer import EOT, TextTokenizer
 from models import GPT
 from preparation.sources import Format, find_files
-from utils import Checked, Count, choose_device, notice, read_command_line, run_script, write_json
 
 LEAK_STANDARD_ERRORS = 4
 

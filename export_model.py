@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from utils import Checked, notice, read_command_line, run_script
+
 import torch
 
 from export.hf_folder import HF
@@ -22,7 +24,6 @@ from export.torchscript import TORCHSCRIPT
 from export.verify import TOLERANCE, check_target, largest_difference, put_in_place, workplace
 from formats.export_record import add_record
 from formats.run_directory import load_model
-from utils import Checked, notice, read_command_line, run_script
 
 FORMATS = {format.name: format for format in (ONNX, TORCHSCRIPT, HF)}
 

@@ -14,13 +14,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated
 
+from utils import Checked, Count, NonNegative, Seed, choose_device, notice, read_command_line, run_script
+
 from annotated_types import Gt, Le
 
 from formats.run_directory import load_model
 from formats.tokenizer import TextTokenizer
 from generation.streaming import continue_text, encode_prompt, sample_generator
 from models import GPT
-from utils import Checked, Count, NonNegative, Seed, choose_device, notice, read_command_line, run_script
 
 ALIASES = {"model_path": "checkpoint", "max_length": "max_new_tokens"}
 Share = Annotated[float, Gt(0), Le(1)]

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
+from utils import notice, read_command_line, run_script
+
 import numpy as np
 from tqdm import tqdm
 
@@ -30,7 +32,6 @@ from preparation.corpus import Corpus, Group, Limits, SampleCorpus, Splitting
 from preparation.encoding import DocumentEncoder, Encoded, Recipe
 from preparation.sources import Format
 from preparation.tokenizer_kinds import TRAINED, make_tokenizer, text_normalization
-from utils import notice, read_command_line, run_script
 
 SAMPLE_VOCAB_SIZE = 1500
 SAMPLE_TRAIN_BYTES = 4_000_000  # enough to see every word of the grammar many times

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from utils import notice, read_command_line, run_script, write_atomically
+
 import numpy as np
 
 from formats.tokenizer import EOT, TextTokenizer, byte_characters
@@ -17,7 +19,6 @@ from preparation.cleaning import Cleaning
 from preparation.corpus import Corpus, Limits, Splitting
 from preparation.sources import Format
 from preparation.tokenizer_kinds import TRAINED, gpt2_tokenizer, make_tokenizer, text_normalization
-from utils import notice, read_command_line, run_script, write_atomically
 
 HELD_OUT = 0.05  # share of the documents that the tokenizer doesn't see
 HELD_OUT_CHARACTERS = 1_000_000

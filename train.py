@@ -15,6 +15,8 @@ import sys
 import time
 from pathlib import Path
 
+from utils import LostProcess, Machine, StopSignal, choose_device, explained_failures, notice, run_script, write_text
+
 import torch
 from tqdm import tqdm
 
@@ -31,7 +33,6 @@ from training.report import StepLog, announce, duration, open_log, plot_losses
 from training.start import Arguments, Start, make_start, open_directories, read_arguments, read_source, run_directory, weights_for
 from training.step import training_step
 from training.validation import Validation
-from utils import LostProcess, Machine, StopSignal, choose_device, explained_failures, notice, run_script, write_text
 
 # ---------------------------------------------------------------- the loop
 

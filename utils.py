@@ -23,8 +23,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Annotated
 
-from annotated_types import Ge, Gt, Le, Lt
-
 # ---------------------------------------------------------------- errors and exit codes
 
 
@@ -70,9 +68,7 @@ def run_script(main: Callable[[], int | None]) -> None:
     """Run a script's main and exit: 0, 2 with one line for the user's mistake, 1 or 128 + signal as main decides."""
     try:
         code = main()
-    except Exception as error:
-        code = report(error)
-    except KeyboardInterrupt as error:
+    except (Exception, KeyboardInterrupt) as error:
         code = report(error)
     sys.exit(code)
 
@@ -88,6 +84,8 @@ def notice(message: str) -> None:
 
 
 # ---------------------------------------------------------------- checked fields
+
+from annotated_types import Ge, Gt, Le, Lt  # noqa: E402 - the hook above tells if it is missing
 
 Count = Annotated[int, Ge(1)]
 Natural = Annotated[int, Ge(0)]
@@ -205,7 +203,7 @@ def parse_flags(kind: type, words: list[str], doc: str | None, default=None):
         if not stop.code:
             raise
         text = " ".join(re.sub(r"╭─.*?╮|[│╰╯]|─+|-{5,}", " ", captured.getvalue()).split())  # tyro draws a box around its sentence
-        text = re.split(r"Argument helptext:|For full helptext", re.sub(r"^Error parsing (?!--)\w+: ", "", text))[0].strip()
+        text = re.split(r"Argument helptext:|For full helptext", re.sub(r"^(Value error )?Error parsing (?!--)\w+: ", "", text))[0].strip()
         raise ValueError(text.removesuffix(".") + ". See --help.") from None
 
 

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from utils import notice
+
 import numpy as np
 
 from benchmarks.harness import our_script, peak_memory, print_matrix_rate, run, spread
@@ -19,7 +21,6 @@ from formats.tokenizer import EOT, TextTokenizer
 from preparation import sample_corpus
 from preparation.sources import Format, TextFile
 from preparation.tokenizer_kinds import gpt2_tokenizer, make_tokenizer
-from utils import notice
 
 
 def documents(path: str | Path) -> Iterator[str]:

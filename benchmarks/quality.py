@@ -6,11 +6,12 @@ import statistics
 import sys
 from pathlib import Path
 
+from utils import notice
+
 from benchmarks import nanogpt
 from benchmarks.harness import our_script, print_matrix_rate, run, spread
 from benchmarks.training import our_training, step_seconds
 from formats.run_directory import load_model
-from utils import notice
 
 # nanoGPT's documented run on a CPU, and what we set against it: no more parameters, the same context of 64 characters
 NANOGPT = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "batch_size": 12, "max_iters": 2000, "lr_decay_iters": 2000}

@@ -5,6 +5,8 @@ import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from utils import notice
+
 import numpy as np
 from tokenizers import Tokenizer, models
 
@@ -13,7 +15,6 @@ from benchmarks.harness import Finished, our_script, print_matrix_rate, run, spr
 from formats.metrics import METRICS, read_metrics
 from formats.run_directory import load_model
 from formats.tokenizer import EOT
-from utils import notice
 
 VOCABULARY = 50257
 # what both sides train: on a CPU the `mini` preset, on a GPU GPT-2's 124M parameters

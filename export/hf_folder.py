@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from utils import write_json, write_text
+
 import numpy as np
 import torch
 
@@ -9,7 +11,6 @@ from export.verify import Format, LoadedModel
 from formats.huggingface import hf_config, to_hf
 from formats.tokenizer import EOT, PADDING, UNKNOWN, TextTokenizer
 from models import GPT
-from utils import write_json, write_text
 
 
 def tokenizer_config(tokenizer: TextTokenizer, block_size: int) -> dict:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from utils import fsync_directory
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,6 @@ from torch import Tensor, nn
 from formats.export_record import RECORD, read_record
 from formats.tokenizer import TextTokenizer
 from models import GPT
-from utils import fsync_directory
 
 TOLERANCE = 1e-4  # largest difference of a logit that still counts as the same model
 WORKPLACE = ".export.tmp"  # where files are written before they are verified; one left there by a killed export is deleted

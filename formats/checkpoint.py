@@ -3,12 +3,13 @@
 import zipfile
 from pathlib import Path
 
+from utils import write_atomically
+
 import torch
 
 from config import GPTConfig
 from formats.tokenizer import TextTokenizer
 from models import GPT
-from utils import write_atomically
 
 FORMAT_VERSION = 1
 REQUIRED = {"format_version", "model_config", "train_config", "tokenizer", "data", "step", "model"}

@@ -11,10 +11,11 @@ import json
 import os
 from pathlib import Path
 
+from utils import fsync_directory, write_atomically
+
 import numpy as np
 
 from formats.tokenizer import TextTokenizer, load_tokenizer
-from utils import fsync_directory, write_atomically
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "val", "test")

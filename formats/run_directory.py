@@ -9,6 +9,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from utils import fsync_directory, notice, write_json
+
 import torch
 
 from config import GPTConfig, TrainConfig
@@ -18,7 +20,6 @@ from formats.export_record import RECORD, read_record
 from formats.metrics import METRICS
 from formats.tokenizer import TextTokenizer
 from models import GPT
-from utils import fsync_directory, notice, write_json
 
 BEST = "best_model.pt"
 HOME = Path("checkpoints")  # where runs live unless a flag or config.py says otherwise

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable, Iterator
 
+from utils import derived_seed, notice
+
 import torch
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 from formats.tokenizer import TextTokenizer
 from models import GPT
-from utils import derived_seed, notice
 
 
 def sample_generator(seed: int, sample: int) -> torch.Generator:

@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
+from utils import notice, parse_weighted
+
 import numpy as np
 import xxhash
 
 from preparation import sample_corpus
 from preparation.cleaning import Cleaning, KeySet, skeleton
 from preparation.sources import Format, HubSplit, TextFile, find_files, open_dataset
-from utils import notice, parse_weighted
 
 POSITION_BELOW = 100  # fewer documents than this are split by position
 BYTES_PER_TOKEN = 4  # of an ordinary tokenizer, where only a limit in tokens is known

@@ -14,9 +14,9 @@ DATA = Path(os.environ.get("SLM_TEST_DATA", ROOT.parent / "shared" / "data"))
 if (DATA / "tiktoken_cache").is_dir():
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(DATA / "tiktoken_cache"))
 
-import torch  # noqa: E402
-
 import utils  # noqa: E402
+
+import torch  # noqa: E402
 
 torch.set_num_threads(1)
 

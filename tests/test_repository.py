@@ -7,9 +7,10 @@ import shlex
 import sys
 from pathlib import Path
 
+import utils
+
 import pytest
 
-import utils
 from tests.conftest import ROOT
 
 IGNORED = {"tests", "data", "checkpoints", "runs"} | {path.name for path in ROOT.iterdir() if path.name.startswith(".")}

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 
+from utils import Machine
+
 import pytest
 import torch
 
@@ -22,7 +24,6 @@ from training.data_order import Batches, TrainingData
 from training.learner import Learner, passes_of_step
 from training.processes import Processes
 from training.step import training_step
-from utils import Machine
 
 
 def test_a_run_leaves_what_the_contract_says(trained_run):
@@ -479,7 +480,7 @@ def test_compile(tmp_path, sample_dir, script):
         (["--export", "word"], "unknown format word"),
         (["--device", "cuda:7"], "device='cuda:7' is not available"),
         (["--data_dir", "data:0.5", "./data"], "named twice"),
-        (["--batch_size", "0"], "batch_size=0 must be at least 1"),
+        (["--batch_size", "0"], "batch_size=0 must be greater than or equal to 1"),
         (["--learnig_rate", "1"], "--learning_rate"),
         (["--tokenizer", "bpe"], "give the path of their tokenizer.json"),
     ],

@@ -3,10 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+import utils
+
 import pytest
 import torch
 
-import utils
 from config import GPTConfig
 
 

@@ -5,6 +5,8 @@ import statistics
 import time
 from pathlib import Path
 
+from utils import Machine
+
 import numpy as np
 import torch
 
@@ -12,7 +14,6 @@ from config import GPTConfig, TrainConfig
 from models import CHUNK, GPT, GPU_CHUNK, NextTokenLoss
 from training.data_order import TrainingData
 from training.learner import passes_of_step
-from utils import Machine
 
 # Bytes kept for the backward pass per token and block, in units of n_embd and of the MLP's width: measured (MEASUREMENTS.md).
 # Without compilation qwen3's norms and rotations keep copies in float32; compiled, it needs no more than gpt2.

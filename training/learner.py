@@ -6,6 +6,8 @@ import math
 import sys
 from dataclasses import dataclass
 
+from utils import Machine, notice
+
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -15,7 +17,6 @@ from formats.checkpoint import load_weights
 from models import GPT, NextTokenLoss
 from training.optimizers import make_optimizers
 from training.processes import Processes
-from utils import Machine, notice
 
 SKIPS_IN_A_ROW = 5  # steps without a finite loss and gradient before a run ends
 SKIPS_IN_A_ROW_FP16 = 30  # there a skipped step halves the loss scale, and the first ones are expected

@@ -3,6 +3,8 @@
 import warnings
 from pathlib import Path
 
+from utils import Machine, notice, write_atomically, write_text
+
 from tqdm import tqdm
 
 from formats.metrics import METRICS, MetricsLog, read_metrics
@@ -13,7 +15,6 @@ from training.learner import Learner
 from training.optimizers import lr_factor
 from training.start import Start
 from training.validation import Validation
-from utils import Machine, notice, write_atomically, write_text
 
 LONG_ON_CPU = 6 * 3600  # seconds
 

@@ -11,6 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import get_args, get_type_hints
 
+from utils import asked_values, normalize_flags, notice, parse_flags, parse_weighted, replace_fields
+
 from torch import Tensor
 
 import config as settings
@@ -20,7 +22,6 @@ from formats.data_directory import DataDirectory
 from formats.run_directory import HOME, is_claimed, is_finished, load_content
 from formats.tokenizer import KINDS, TextTokenizer, gpt2_tokenizer, load_tokenizer
 from training.data_order import TrainingData
-from utils import asked_values, normalize_flags, notice, parse_flags, parse_weighted, replace_fields
 
 # What may differ from the run that is resumed; anything else would make it another run. Whether the data is the same tells its hash.
 CHANGEABLE = {"data_dir", "out_dir", "max_steps", "epochs", "max_tokens", "patience", "warmup_steps", "learning_rate", "muon_learning_rate"}

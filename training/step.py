@@ -4,12 +4,13 @@ import contextlib
 import math
 from collections.abc import Callable
 
+from utils import derived_seed
+
 import torch
 
 from training.data_order import Batches, samples_of_step
 from training.learner import Learner, StepResult
 from training.optimizers import lr_factor, set_learning_rates
-from utils import derived_seed
 
 
 def training_step(learner: Learner, batches: Batches, step: int, stopped: Callable[[], bool] = lambda: False) -> StepResult | None:

@@ -4,6 +4,8 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from utils import derived_seed
+
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -14,7 +16,6 @@ from formats.data_directory import DataDirectory
 from formats.tokenizer import TextTokenizer
 from models import GPT
 from training.learner import Learner
-from utils import derived_seed
 
 
 @dataclass(frozen=True)
