@@ -189,7 +189,7 @@ class Selection:
         end, size, documents = int(ends[whole - 1]) if whole else 0, int(sizes[:whole].sum()), whole
         kept = ids[:end]
         if whole < len(tokens):
-            if whole < left[0] and min(left) > 0:
+            if whole < left[0] and size < left[1] and end < left[2]:
                 head, n_bytes = self._cut(ids[end : end + int(tokens[whole]) - 1], left[2] - end, left[1] - size)
                 if n_bytes:
                     kept, size, documents = np.concatenate([kept, head]), size + n_bytes, documents + 1

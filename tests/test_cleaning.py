@@ -253,6 +253,13 @@ def test_bytes_that_are_not_utf8_are_counted_once(tmp_path):
     assert meta["counts"] == {"bytes that are not UTF-8": 2} and meta["made_with"]["errors"] == "replace"
 
 
+def test_a_split_that_is_full_to_the_token_takes_no_further_document(tmp_path):
+    texts = [f"Document {i:03} of the same length." for i in range(200)]
+    meta = prepared(tmp_path, texts, max_tokens=20 * (len(texts[0]) + 1), val_fraction=0.6)
+    assert meta["splits"]["val"] == meta["splits"]["val"] | {"documents": 20, "tokens": 20 * (len(texts[0]) + 1)}
+    assert meta["counts"] == {}
+
+
 def test_one_long_text_is_cut_at_the_limit_too(tmp_path):
     (tmp_path / "book.txt").write_text("A line of a long book.\n" * 3000)
     meta = prepared(tmp_path, {}, input=(str(tmp_path / "book.txt"),), max_tokens=10_000)
