@@ -12,11 +12,12 @@ from typing import Literal
 
 import numpy as np
 
-from formats.tokenizer import EOT, TextTokenizer, byte_characters
+from formats.tokenizer import EOT, TextTokenizer, gpt2_tokenizer
+from formats.tokenizer_description import byte_characters
 from preparation.cleaning import Cleaning
 from preparation.corpus import Corpus, Limits, Splitting
 from preparation.sources import Format
-from preparation.tokenizer_kinds import TRAINED, gpt2_tokenizer, make_tokenizer, text_normalization
+from preparation.tokenizer_kinds import TRAINED, make_tokenizer, text_normalization
 from utils import notice, read_command_line, run_script, write_atomically
 
 HELD_OUT = 0.05  # share of the documents that the tokenizer doesn't see
@@ -66,7 +67,7 @@ def readable(tokenizer: TextTokenizer, token_id: int) -> str:
     """A token as people can read it, in quotes; with part of a character as its bytes, e.g. <C3>."""
     token = tokenizer.tokenizer.id_to_token(token_id) or ""
     byte_of = {character: byte for byte, character in enumerate(byte_characters())}
-    of_bytes = token_id not in tokenizer.special_ids and "ByteLevel" in str(tokenizer.description["decoder"])
+    of_bytes = token_id not in tokenizer.special_ids and "ByteLevel" in tokenizer.description.decoders
     if of_bytes and all(character in byte_of for character in token):
         data = bytes(byte_of[character] for character in token)
         try:

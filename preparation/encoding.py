@@ -109,7 +109,7 @@ class DocumentEncoder:
         if workers > 1:
             global _worker
             _worker = recipe, tokenizer
-            tokenizer.warm_up()
+            tokenizer.encode("")
             self.pool = concurrent.futures.ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(recipe,))
 
     def __enter__(self) -> "DocumentEncoder":
