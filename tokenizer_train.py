@@ -6,6 +6,7 @@ python prepare_data.py --input stories.txt --tokenizer tokenizer.json
 """
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,18 +16,20 @@ import numpy as np
 from formats.tokenizer import EOT, TextTokenizer, gpt2_tokenizer
 from formats.tokenizer_description import byte_characters
 from preparation.cleaning import Cleaning
-from preparation.corpus import Corpus, Limits, Splitting
+from preparation.corpus import Limits, open_corpus
 from preparation.sources import Format
+from preparation.splits import Splitting
 from preparation.tokenizer_kinds import TRAINED, make_tokenizer, text_normalization
-from utils import notice, read_command_line, run_script, write_atomically
+from utils import Checked, Count, notice, read_command_line, run_script, write_text
 
+SEED = 1337
 HELD_OUT = 0.05  # share of the documents that the tokenizer doesn't see
 HELD_OUT_CHARACTERS = 1_000_000
 USED_CHARACTERS = 10_000_000  # of the training text, in which ids are looked for
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(Checked):
     """Flags of tokenizer_train.py."""
 
     input: tuple[str, ...] = ()
@@ -43,7 +46,7 @@ class Arguments:
     """Key or column that holds the text, in files that have such."""
     errors: Literal["strict", "replace"] = "strict"
     """What is not UTF-8: strict ends with file and byte, replace reads on with U+FFFD in its place."""
-    train_bytes: int = 50_000_000
+    train_bytes: Count = 50_000_000
     """Learn from a sample of at most this much text."""
     lowercase: bool = False
     """Lowercase every text, here and wherever the tokenizer is used."""
@@ -54,13 +57,15 @@ class Arguments:
     tokenizer: str | None = None
     """For --show: a tokenizer.json, a directory that holds one, gpt2 or byte."""
 
-    def __post_init__(self):
+    def problems(self) -> list[str]:
+        problems = []
         if (self.show is None) != (self.tokenizer is None):
-            raise ValueError("--show TEXT and --tokenizer PATH belong together")
-        if (self.show is None) == (not self.input):
-            raise ValueError("give either --input FILE... to train on, or --show TEXT --tokenizer PATH")
-        if self.train_bytes < 1 or not self.separator:
-            raise ValueError(f"train_bytes={self.train_bytes} must be at least 1, and separator={self.separator!r} not empty")
+            problems.append("--show TEXT and --tokenizer PATH belong together")
+        elif (self.show is None) == (not self.input):
+            problems.append("give either --input FILE... to train on, or --show TEXT --tokenizer PATH")
+        if not self.separator:
+            problems.append("separator='' must not be empty")
+        return problems
 
 
 def readable(tokenizer: TextTokenizer, token_id: int) -> str:
@@ -84,6 +89,17 @@ def show(tokenizer: TextTokenizer, text: str) -> None:
         print(f"{i:>6}  {readable(tokenizer, i)}")
     decoded = tokenizer.decode(ids)
     print(f"{len(ids)} tokens, {len(text.encode())} bytes; decoded{'' if decoded == text else ', which differs'}: {decoded}")
+
+
+def beginning(texts: Iterator[str], characters: int) -> list[str]:
+    """The first texts, until they have so many characters; the rest stays in `texts`."""
+    first, size = [], 0
+    for text in texts:
+        first.append(text)
+        size += len(text)
+        if size >= characters:
+            break
+    return first
 
 
 def bytes_per_token(tokenizer: TextTokenizer, texts: list[str]) -> tuple[float, float]:
@@ -121,24 +137,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.show is not None:
         show(make_tokenizer(args.tokenizer, (), 0), args.show)
         return 0
-    corpus = Corpus(
-        args.input,
-        (),
-        {"val": (), "test": ()},
-        Format(args.separator, args.text_field, args.errors),
-        Splitting("auto", 1337, HELD_OUT, 0.0),
-        Cleaning(),
-        Limits(),
-    )
+    form, splitting = Format(args.separator, args.text_field, args.errors), Splitting("auto", SEED, HELD_OUT)
+    corpus = open_corpus(args.input, (), {"val": (), "test": ()}, form, splitting, Cleaning(), Limits())
     normalize = text_normalization(args.lowercase, args.nfc)
     texts = corpus.training_texts(normalize, args.train_bytes)
-    first: list[str] = []  # kept for the report
-    kept = 0
-    for text in texts:
-        first.append(text)
-        kept += len(text)
-        if kept >= USED_CHARACTERS:
-            break
+    first = beginning(texts, USED_CHARACTERS)  # kept for the report
     if not first:
         raise ValueError(f"{', '.join(args.input)} holds no text; give files with some")
     tokenizer = make_tokenizer(args.kind, itertools.chain(first, texts), args.vocab_size, args.lowercase, args.nfc)
@@ -148,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
         notice(f"--vocab_size has no effect with the {args.kind} tokenizer")
     output = Path(args.output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(output, lambda file: file.write(tokenizer.json.encode()))
+    write_text(output, tokenizer.json)
     print(f"{output}: {tokenizer.vocab_size} tokens")
     report(tokenizer, list(corpus.held_out_texts(normalize, HELD_OUT_CHARACTERS)), first)
     return 0

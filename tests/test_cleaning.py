@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 import prepare_data
 from formats.data_directory import DataDirectory
 from formats.tokenizer import EOT
-from preparation.cleaning import Cleaning, KeySet, skeleton
-from preparation.corpus import DocumentSample, document_key, split_by_hash
+from preparation.cleaning import Cleaning, skeleton
+from preparation.corpus import DocumentSample
+from preparation.selection import KeySet
+from preparation.splits import document_key, split_by_hash
 from preparation.tokenizer_kinds import text_normalizer
 from prepare_data import Arguments
 from tests.runs import documents, write_stories
@@ -106,9 +108,16 @@ def test_lengths_and_repetitions_are_dropped_and_counted(tmp_path):
     assert Counter(everything(tmp_path / "d"))[STORIES[0]] == 3 and "duplicates" not in meta["counts"]
 
 
-@pytest.mark.parametrize("bad", [{"min_chars": -1}, {"min_chars": 5, "max_chars": 4}, {"max_chars": 0}])
-def test_impossible_lengths(bad):
-    with pytest.raises(ValueError, match="leave no documents"):
+@pytest.mark.parametrize(
+    ("bad", "part"),
+    [
+        ({"min_chars": -1}, "min_chars=-1 must be at least 0"),
+        ({"min_chars": 5, "max_chars": 4}, "leave no documents"),
+        ({"max_chars": 0}, "max_chars=0 must be at least 1"),
+    ],
+)
+def test_impossible_lengths(bad, part):
+    with pytest.raises(ValueError, match=part):
         Cleaning(**bad)
 
 
