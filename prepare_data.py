@@ -28,14 +28,14 @@ from preparation.selection import Selection, largest_mixture
 from preparation.sources import Format
 from preparation.splits import Splitting
 from preparation.tokenizer_kinds import TRAINED, make_tokenizer, text_normalization
-from utils import Checked, Count, notice, read_command_line, run_script
+from utils import Checked, Count, Seed, notice, read_command_line, run_script
 
 SAMPLE_VOCAB_SIZE = 1500
 SAMPLE_TRAIN_BYTES = 4_000_000  # enough to see every word of the grammar many times
 VOCAB_SIZE = 4096
 TRAIN_BYTES = 50_000_000
 SMALL = 4 * 2**20  # bytes; for less, starting processes takes longer than it saves
-Share = Annotated[float, Gt(0), Lt(1)]
+SplitFraction = Annotated[float, Gt(0), Lt(1)]
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,9 @@ class Arguments(Checked):
     """No split gets more UTF-8 bytes of text than this; the last document is cut off."""
     max_tokens: Count | None = None
     """No split gets more tokens than this; the last document is cut off, so that variants have equal budgets."""
-    val_fraction: Share = 0.05
+    val_fraction: SplitFraction = 0.05
     """Share of documents for validation."""
-    test_fraction: Share = 0.05
+    test_fraction: SplitFraction = 0.05
     """Share of documents for the test split."""
     split: Literal["auto", "hash", "position"] = "auto"
     """hash (by each document's content), position (each document's end goes to val and test), or auto: position below 100 documents."""
@@ -82,7 +82,7 @@ class Arguments(Checked):
     """A trained tokenizer learns from a sample of at most this much of the training text. Default: 50 MB; 4 MB for --sample."""
     sample_stories: Annotated[int, Ge(20)] = 20_000
     """Training stories of --sample; val and test get a twentieth each."""
-    seed: int = 1337
+    seed: Seed = 1337
     """Seed of the split and of the sample corpus."""
     num_workers: Count | None = None
     """Processes that encode. The result is the same for any number. Default: one per core for inputs that are worth it."""
@@ -108,6 +108,7 @@ class Arguments(Checked):
 
     @property
     def kind(self) -> str:
+        """The tokenizer's kind, or its path."""
         return self.tokenizer or ("bpe" if self.sample else "gpt2")
 
 

@@ -36,7 +36,7 @@ class Arguments(Checked):
     """Files, directories or globs, of all kinds that prepare_data.py reads."""
     kind: Literal["bpe", "wordpiece", "word", "char", "byte"] = "bpe"
     """bpe: byte-level byte pairs, lossless on any text; wordpiece: longest known parts; word: frequent words; char; byte: the 256 bytes."""
-    vocab_size: int = 4096
+    vocab_size: Count = 4096
     """Number of tokens of bpe, wordpiece and word, special tokens included."""
     output: str = "tokenizer.json"
     """The file to write."""

@@ -138,12 +138,12 @@ def finish_commit(directory: Path) -> None:
 class DataDirectory:
     """A data directory opened for reading.
 
-    path; name: as the user gave it; meta: meta.json, None for a directory that nanoGPT wrote; tokenizer.
+    path; name: as the user gave it; meta: meta.json, None for a directory that nanoGPT wrote. tokenizer: where there is no meta.json the
+    given one, or else the directory's own, or else GPT-2's if the ids fit.
     Raises FileNotFoundError where there is no data, ValueError where files disagree with each other or the tokenizer is unknown.
     """
 
     def __init__(self, path: str | Path, tokenizer: TextTokenizer | None = None):
-        """tokenizer: that of a directory without meta.json, which otherwise is its own tokenizer.json or, if the ids fit, GPT-2's."""
         self.path, self.name = Path(path), str(path)
         if not self.path.is_dir():
             raise FileNotFoundError(f"no data directory at {path}; make one with: python prepare_data.py --sample --output {path}")

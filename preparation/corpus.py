@@ -202,6 +202,13 @@ def open_sample_corpus(seed: int, train_stories: int) -> SampleCorpus:
     return SampleCorpus(groups, SAMPLE_CLEANING, Limits(), seed)
 
 
+class Share(NamedTuple):
+    """Sources that are divided among the splits, and their share of a mixture."""
+
+    sources: list[Source]
+    weight: Fraction | None
+
+
 def open_corpus(
     inputs: tuple[str, ...],
     datasets: tuple[str, ...],
@@ -217,27 +224,18 @@ def open_corpus(
     inputs, datasets: what is divided, each PATH or PATH:WEIGHT; given: files of whole splits, by "val" and "test"; splitting: how the rest
     is to be divided.
     """
-    whole: dict[str, list[Source]] = {split: list(find_files(names, form)) for split, names in given.items()}
+    whole: dict[str, list[Source]] = {split: find_files(names, form) for split, names in given.items()}
     shares, theirs = _open_datasets(datasets, dataset_config, form)
-    for split, sources in theirs.items():
-        whole[split] += [] if given[split] else sources
+    whole = {split: sources or theirs[split] for split, sources in whole.items()}
     shares += [Share(find_files([name], form), weight) for name, weight in map(parse_weighted, inputs)]
     shares = _weighted_or_one(shares)
     _refuse_twice([*whole.values(), *(share.sources for share in shares)])
-    fractions = {f"{split}_fraction": 0.0 for split, sources in whole.items() if sources}
-    splitting = replace(splitting, **fractions)
     groups = [Group(sources, Splitting(split)) for split, sources in whole.items() if sources]
+    splitting = replace(splitting, **{f"{group.split}_fraction": 0.0 for group in groups})
     for share in shares:
         rule = choose_rule(splitting, share, limits.documents) if splitting.rule == "auto" else splitting.rule
         groups.append(Group(share.sources, replace(splitting, rule=rule), share.weight))
     return Corpus(groups, cleaning, limits, splitting.seed)
-
-
-class Share(NamedTuple):
-    """Sources that are divided among the splits, and their share of a mixture."""
-
-    sources: list[Source]
-    weight: Fraction | None
 
 
 def _open_datasets(names: tuple[str, ...], config: str | None, form: Format) -> tuple[list[Share], dict[str, list[Source]]]:
@@ -259,7 +257,8 @@ def _weighted_or_one(shares: list[Share]) -> list[Share]:
         raise ValueError("give a weight to every --input and --dataset or to none, e.g. --input a.txt:0.7 b.txt:0.3")
     if weighted:
         return weighted
-    return [Share(list({source.identity: source for share in shares for source in share.sources}.values()), None)]
+    once = {source.identity: source for share in shares for source in share.sources}
+    return [Share(list(once.values()), None)]
 
 
 def _refuse_twice(parts: Iterable[list[Source]]) -> None:

@@ -73,8 +73,8 @@ class Recipe:
 
 
 def _start_worker(recipe: Recipe) -> None:
-    worker, parent = multiprocessing.current_process(), multiprocessing.parent_process()
-    worker.recipe = recipe
+    multiprocessing.current_process().recipe = recipe  # where _encode_in_worker finds it: tasks would pickle it again and again
+    parent = multiprocessing.parent_process()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the first process ends the others
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

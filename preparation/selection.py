@@ -45,15 +45,14 @@ class Room:
 
     def whole(self, sizes: np.ndarray, tokens: np.ndarray) -> int:
         """How many documents of these bytes (n,) and tokens (n,) fit in whole, from the first on."""
-        by_bytes, by_tokens = (
-            np.searchsorted(np.cumsum(sizes), self.bytes, "right"),
-            np.searchsorted(np.cumsum(tokens), self.tokens, "right"),
-        )
+        by_bytes = np.searchsorted(np.cumsum(sizes), self.bytes, "right")
+        by_tokens = np.searchsorted(np.cumsum(tokens), self.tokens, "right")
         return int(min(len(tokens), self.documents, by_bytes, by_tokens))
 
     def filled_by(self, sizes: np.ndarray, tokens: np.ndarray) -> int | None:
         """Which document (0 for the first) of these bytes (n,) and tokens (n,) takes the last of the room; None if some is left."""
-        by_bytes, by_tokens = np.searchsorted(np.cumsum(sizes), self.bytes), np.searchsorted(np.cumsum(tokens), self.tokens)
+        by_bytes = np.searchsorted(np.cumsum(sizes), self.bytes)
+        by_tokens = np.searchsorted(np.cumsum(tokens), self.tokens)
         last = int(min(max(0, self.documents - 1), by_bytes, by_tokens, len(tokens)))
         return last if last < len(tokens) else None
 
@@ -61,8 +60,8 @@ class Room:
 class Selection:
     """Decides, in the order of reading, what is kept of each group.
 
-    counts: documents dropped or cut, by reason. unknown: unknown tokens of each split. full: whether the group can give no more;
-    taken: what it gave to train, in tokens.
+    counts: what was dropped or changed, by reason. unknown: unknown tokens of each split. sizes: tokens of each document, in pieces.
+    full: whether the group can give no more; taken: what it gave to train, in tokens.
     """
 
     def __init__(self, tokenizer: TextTokenizer, deduplicate: bool):
@@ -145,9 +144,8 @@ class Selection:
         if not n_bytes:
             return kept
         self.counts["cut off at the limit"] += 1
-        return Kept(
-            kept.split, np.concatenate([kept.ids, ids, [np.uint16(self.tokenizer.eot_id)]]), kept.documents + 1, kept.bytes + n_bytes
-        )
+        ids = np.append(ids, np.uint16(self.tokenizer.eot_id))
+        return Kept(kept.split, np.concatenate([kept.ids, ids]), kept.documents + 1, kept.bytes + n_bytes)
 
     def check_share(self) -> None:
         """A group that ended before its limit: an error where it should give a share of a mixture, else a notice."""

@@ -1,6 +1,7 @@
 """Tokenizers: identical to tiktoken and tokenizers, lossless where they say so, never leaking the end-of-text id."""
 
 import json
+import pickle
 import random
 import re
 import sys
@@ -147,6 +148,11 @@ def test_no_fast_encoding_where_merge_order_and_ids_disagree():
     changed = TextTokenizer(json.dumps(description))
     assert changed.fast is None
     assert changed.encode(TEXTS[0]) == Tokenizer.from_str(changed.json).encode(TEXTS[0]).ids != BPE.encode(TEXTS[0])
+
+
+def test_a_tokenizer_can_be_sent_to_a_process_that_was_not_forked():
+    sent = pickle.loads(pickle.dumps(LOWER["bpe"]))
+    assert sent.json == LOWER["bpe"].json and sent.encode(TEXTS[0]) == LOWER["bpe"].encode(TEXTS[0])
 
 
 def test_bpe_tells_its_true_size():
