@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import astuple, dataclass, replace
 from fractions import Fraction
-from typing import NamedTuple
 
 from formats.data_directory import SPLITS
 from preparation.cleaning import Cleaning
@@ -202,13 +201,6 @@ def open_sample_corpus(seed: int, train_stories: int) -> SampleCorpus:
     return SampleCorpus(groups, SAMPLE_CLEANING, Limits(), seed)
 
 
-class Share(NamedTuple):
-    """Sources that are divided among the splits, and their share of a mixture."""
-
-    sources: list[Source]
-    weight: Fraction | None
-
-
 def open_corpus(
     inputs: tuple[str, ...],
     datasets: tuple[str, ...],
@@ -225,58 +217,57 @@ def open_corpus(
     is to be divided.
     """
     whole: dict[str, list[Source]] = {split: find_files(names, form) for split, names in given.items()}
-    shares, theirs = _open_datasets(datasets, dataset_config, form)
-    whole = {split: sources or theirs[split] for split, sources in whole.items()}
-    shares += [Share(find_files([name], form), weight) for name, weight in map(parse_weighted, inputs)]
-    shares = _weighted_or_one(shares)
-    _refuse_twice([*whole.values(), *(share.sources for share in shares)])
-    groups = [Group(sources, Splitting(split)) for split, sources in whole.items() if sources]
+    divided, theirs = _open_datasets(datasets, dataset_config, form, splitting)
+    divided += [Group(find_files([name], form), splitting, weight) for name, weight in map(parse_weighted, inputs)]
+    divided = _mixed_or_one(divided)
+    groups = [Group(sources or theirs[split], Splitting(split)) for split, sources in whole.items() if sources or theirs[split]]
+    _refuse_twice(groups + divided)
     splitting = replace(splitting, **{f"{group.split}_fraction": 0.0 for group in groups})
-    for share in shares:
-        rule = choose_rule(splitting, share, limits.documents) if splitting.rule == "auto" else splitting.rule
-        groups.append(Group(share.sources, replace(splitting, rule=rule), share.weight))
+    for group in divided:
+        rule = choose_rule(group, splitting, limits.documents) if splitting.rule == "auto" else splitting.rule
+        groups.append(replace(group, splitting=replace(splitting, rule=rule)))
     return Corpus(groups, cleaning, limits, splitting.seed)
 
 
-def _open_datasets(names: tuple[str, ...], config: str | None, form: Format) -> tuple[list[Share], dict[str, list[Source]]]:
-    """The train splits of datasets, and what these have for val and for test."""
-    shares, held_out = [], {"val": [], "test": []}
+def _open_datasets(
+    names: tuple[str, ...], config: str | None, form: Format, splitting: Splitting
+) -> tuple[list[Group], dict[str, list[Source]]]:
+    """The train splits of datasets, which are to be divided, and what the datasets have for val and for test."""
+    groups, held_out = [], {"val": [], "test": []}
     for text in names:
         name, weight = parse_weighted(text)
         splits = open_dataset(name, config, form)
-        shares.append(Share([splits["train"]], weight))
+        groups.append(Group([splits["train"]], splitting, weight))
         for split, theirs in (("val", "validation"), ("test", "test")):
             held_out[split] += [splits[theirs]] if theirs in splits else []
-    return shares, held_out
+    return groups, held_out
 
 
-def _weighted_or_one(shares: list[Share]) -> list[Share]:
-    """The shares of a mixture, or, where none has a weight, one share with each source once."""
-    weighted = [share for share in shares if share.weight is not None]
-    if weighted and len(weighted) < len(shares):
+def _mixed_or_one(groups: list[Group]) -> list[Group]:
+    """The groups of a mixture, or, where none has a weight, one group with each source once."""
+    mixed = [group for group in groups if group.weight is not None]
+    if mixed and len(mixed) < len(groups):
         raise ValueError("give a weight to every --input and --dataset or to none, e.g. --input a.txt:0.7 b.txt:0.3")
-    if weighted:
-        return weighted
-    once = {source.identity: source for share in shares for source in share.sources}
-    return [Share(list(once.values()), None)]
+    once = {source.identity: source for group in groups for source in group.sources}
+    return mixed or [replace(groups[0], sources=list(once.values()))]
 
 
-def _refuse_twice(parts: Iterable[list[Source]]) -> None:
+def _refuse_twice(groups: list[Group]) -> None:
     """Raises ValueError for a file that stands in two splits or shares."""
-    files = Counter(source.identity for sources in parts for source in sources if isinstance(source, File))
+    files = Counter(source.identity for group in groups for source in group.sources if isinstance(source, File))
     twice = sorted(name for name, count in files.items() if count > 1)
     if twice:
         raise ValueError(f"{', '.join(twice)} would be in two splits or shares; leave it out of one")
 
 
-def choose_rule(splitting: Splitting, share: Share, most_documents: int | None) -> str:
+def choose_rule(group: Group, splitting: Splitting, most_documents: int | None) -> str:
     """hash, or position for few documents, with a notice if anything is to be divided at all."""
     enough = min(POSITION_BELOW, most_documents or POSITION_BELOW)
-    found = sum(1 for _ in itertools.islice(itertools.chain.from_iterable(share.sources), enough))
+    found = sum(1 for _ in itertools.islice(group.documents(), enough))
     if found == POSITION_BELOW:
         return "hash"
     if splitting.val_fraction or splitting.test_fraction:
-        which = "" if share.weight is None else f"{share.sources[0].name}: "
+        which = "" if group.weight is None else f"{group.sources[0].name}: "
         notice(
             f"{which}fewer than {POSITION_BELOW} documents: each is split by position, its end for val and test; "
             "--split hash keeps them whole"
