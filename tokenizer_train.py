@@ -6,34 +6,38 @@ python prepare_data.py --input stories.txt --tokenizer tokenizer.json
 """
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from utils import notice, read_command_line, run_script, write_atomically
+from utils import Checked, Count, notice, read_command_line, run_script, write_text
 
 import numpy as np
 
-from formats.tokenizer import EOT, TextTokenizer, byte_characters
+from formats.tokenizer import EOT, TextTokenizer, gpt2_tokenizer
+from formats.tokenizer_description import byte_characters
 from preparation.cleaning import Cleaning
-from preparation.corpus import Corpus, Limits, Splitting
+from preparation.corpus import Limits, open_corpus
 from preparation.sources import Format
-from preparation.tokenizer_kinds import TRAINED, gpt2_tokenizer, make_tokenizer, text_normalization
+from preparation.splits import Splitting
+from preparation.tokenizer_kinds import TRAINED, make_tokenizer, text_normalization
 
+SEED = 1337
 HELD_OUT = 0.05  # share of the documents that the tokenizer doesn't see
 HELD_OUT_CHARACTERS = 1_000_000
 USED_CHARACTERS = 10_000_000  # of the training text, in which ids are looked for
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(Checked):
     """Flags of tokenizer_train.py."""
 
     input: tuple[str, ...] = ()
     """Files, directories or globs, of all kinds that prepare_data.py reads."""
     kind: Literal["bpe", "wordpiece", "word", "char", "byte"] = "bpe"
     """bpe: byte-level byte pairs, lossless on any text; wordpiece: longest known parts; word: frequent words; char; byte: the 256 bytes."""
-    vocab_size: int = 4096
+    vocab_size: Count = 4096
     """Number of tokens of bpe, wordpiece and word, special tokens included."""
     output: str = "tokenizer.json"
     """The file to write."""
@@ -43,7 +47,7 @@ class Arguments:
     """Key or column that holds the text, in files that have such."""
     errors: Literal["strict", "replace"] = "strict"
     """What is not UTF-8: strict ends with file and byte, replace reads on with U+FFFD in its place."""
-    train_bytes: int = 50_000_000
+    train_bytes: Count = 50_000_000
     """Learn from a sample of at most this much text."""
     lowercase: bool = False
     """Lowercase every text, here and wherever the tokenizer is used."""
@@ -54,20 +58,22 @@ class Arguments:
     tokenizer: str | None = None
     """For --show: a tokenizer.json, a directory that holds one, gpt2 or byte."""
 
-    def __post_init__(self):
+    def problems(self) -> list[str]:
+        problems = []
         if (self.show is None) != (self.tokenizer is None):
-            raise ValueError("--show TEXT and --tokenizer PATH belong together")
-        if (self.show is None) == (not self.input):
-            raise ValueError("give either --input FILE... to train on, or --show TEXT --tokenizer PATH")
-        if self.train_bytes < 1 or not self.separator:
-            raise ValueError(f"train_bytes={self.train_bytes} must be at least 1, and separator={self.separator!r} not empty")
+            problems.append("--show TEXT and --tokenizer PATH belong together")
+        elif (self.show is None) == (not self.input):
+            problems.append("give either --input FILE... to train on, or --show TEXT --tokenizer PATH")
+        if not self.separator:
+            problems.append("separator='' must not be empty")
+        return problems
 
 
 def readable(tokenizer: TextTokenizer, token_id: int) -> str:
     """A token as people can read it, in quotes; with part of a character as its bytes, e.g. <C3>."""
     token = tokenizer.tokenizer.id_to_token(token_id) or ""
     byte_of = {character: byte for byte, character in enumerate(byte_characters())}
-    of_bytes = token_id not in tokenizer.special_ids and "ByteLevel" in str(tokenizer.description["decoder"])
+    of_bytes = token_id not in tokenizer.special_ids and "ByteLevel" in tokenizer.description.decoders
     if of_bytes and all(character in byte_of for character in token):
         data = bytes(byte_of[character] for character in token)
         try:
@@ -84,6 +90,17 @@ def show(tokenizer: TextTokenizer, text: str) -> None:
         print(f"{i:>6}  {readable(tokenizer, i)}")
     decoded = tokenizer.decode(ids)
     print(f"{len(ids)} tokens, {len(text.encode())} bytes; decoded{'' if decoded == text else ', which differs'}: {decoded}")
+
+
+def beginning(texts: Iterator[str], characters: int) -> list[str]:
+    """The first texts, until they have so many characters; the rest stays in `texts`."""
+    first, size = [], 0
+    for text in texts:
+        first.append(text)
+        size += len(text)
+        if size >= characters:
+            break
+    return first
 
 
 def bytes_per_token(tokenizer: TextTokenizer, texts: list[str]) -> tuple[float, float]:
@@ -121,24 +138,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.show is not None:
         show(make_tokenizer(args.tokenizer, (), 0), args.show)
         return 0
-    corpus = Corpus(
-        args.input,
-        (),
-        {"val": (), "test": ()},
-        Format(args.separator, args.text_field, args.errors),
-        Splitting("auto", 1337, HELD_OUT, 0.0),
-        Cleaning(),
-        Limits(),
-    )
+    form, splitting = Format(args.separator, args.text_field, args.errors), Splitting("auto", SEED, HELD_OUT)
+    corpus = open_corpus(args.input, (), {"val": (), "test": ()}, form, splitting, Cleaning(), Limits())
     normalize = text_normalization(args.lowercase, args.nfc)
     texts = corpus.training_texts(normalize, args.train_bytes)
-    first: list[str] = []  # kept for the report
-    kept = 0
-    for text in texts:
-        first.append(text)
-        kept += len(text)
-        if kept >= USED_CHARACTERS:
-            break
+    first = beginning(texts, USED_CHARACTERS)  # kept for the report
     if not first:
         raise ValueError(f"{', '.join(args.input)} holds no text; give files with some")
     tokenizer = make_tokenizer(args.kind, itertools.chain(first, texts), args.vocab_size, args.lowercase, args.nfc)
@@ -148,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
         notice(f"--vocab_size has no effect with the {args.kind} tokenizer")
     output = Path(args.output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(output, lambda file: file.write(tokenizer.json.encode()))
+    write_text(output, tokenizer.json)
     print(f"{output}: {tokenizer.vocab_size} tokens")
     report(tokenizer, list(corpus.held_out_texts(normalize, HELD_OUT_CHARACTERS)), first)
     return 0

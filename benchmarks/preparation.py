@@ -29,7 +29,7 @@ def documents(path: str | Path) -> Iterator[str]:
 
 def bare_loop(path: str, tokenizer: str) -> float:
     """Seconds of encode_ordinary, document by document in one thread; reading, hashing and writing not counted."""
-    texts, encoding = list(documents(path)), make_tokenizer(tokenizer, (), 0).twin
+    texts, encoding = list(documents(path)), make_tokenizer(tokenizer, (), 0).fast.exact
     encoding.encode_ordinary(texts[0])
     started = time.perf_counter()
     for text in texts:
@@ -49,7 +49,7 @@ def map_way(path: str, tokenizer: str) -> float:
 
     def encode(row: dict) -> dict:
         if "encoding" not in state:  # once in each process
-            state["encoding"] = TextTokenizer(json).twin
+            state["encoding"] = TextTokenizer(json).fast.exact
         ids = state["encoding"].encode_ordinary(row["text"])
         ids.append(eot_id)
         return {"ids": ids, "len": len(ids)}

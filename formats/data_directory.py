@@ -1,7 +1,8 @@
 """Data directories: token files and what describes them, a contract on disk. Doesn't import torch.
 
 A data directory holds train.bin, val.bin, test.bin (raw little-endian uint16 token ids without a header, nanoGPT's format; every
-document ends with EOT), tokenizer.json and meta.json, for people data_report.json and .png, and for the sample corpus floor.json.
+document ends with EOT), tokenizer.json and meta.json, for people data_report.json and .png, and for the sample corpus entropy.json: the
+bits of each story under the grammar that wrote it.
 """
 
 import contextlib
@@ -11,20 +12,23 @@ import json
 import os
 from pathlib import Path
 
-from utils import fsync_directory, write_atomically
+from utils import fsync_directory, notice, write_atomically, write_json, write_text
 
 import numpy as np
 
-from formats.tokenizer import TextTokenizer, load_tokenizer
+from formats.tokenizer import TextTokenizer, gpt2_tokenizer, load_tokenizer
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "val", "test")
 DTYPE = np.dtype("<u2")
 META = "meta.json"
-FLOOR = "floor.json"
+ENTROPY = "entropy.json"
 REPORT, PICTURE = "data_report.json", "data_report.png"
 COMMIT = "commit.json"
-OUR_FILES = (*(f"{split}.bin" for split in SPLITS), "tokenizer.json", FLOOR, REPORT, PICTURE, META)  # in the order of their renaming
+FORMER = "floor.json"  # what entropy.json was called
+# in the order of their renaming
+OUR_FILES = (*(f"{split}.bin" for split in SPLITS), "tokenizer.json", ENTROPY, FORMER, REPORT, PICTURE, META)
+GPT2_LARGEST_IDS = range(1000, 50_257)  # of token files that may be GPT-2's; nanoGPT's characters have about 65 ids
 
 # ---------------------------------------------------------------- writing
 
@@ -40,9 +44,8 @@ class DataDirectoryWriter:
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
         finish_commit(directory)
-        for name in OUR_FILES:
-            (directory / f"{name}.new").unlink(missing_ok=True)
-        self.files = {split: open(directory / f"{split}.bin.new", "wb") for split in SPLITS}  # noqa: SIM115
+        self._discard()
+        self.files = {split: open(self._new(f"{split}.bin"), "wb") for split in SPLITS}  # noqa: SIM115
         self.hashes = {split: hashlib.sha256() for split in SPLITS}
         self.counts = {split: {"tokens": 0, "documents": 0, "bytes": 0} for split in SPLITS}
 
@@ -66,7 +69,7 @@ class DataDirectoryWriter:
     def read(self, split: str, start: int, count: int) -> np.ndarray:
         """Token ids (up to count,) uint16 of what was added to a split, from token `start` on."""
         self.files[split].flush()
-        return np.fromfile(self.directory / f"{split}.bin.new", DTYPE, count, offset=2 * start)
+        return np.fromfile(self._new(f"{split}.bin"), DTYPE, count, offset=2 * start)
 
     def commit(self, tokenizer: TextTokenizer, meta: dict, extra: dict[str, bytes] | None = None) -> dict:
         """Make what was added the directory's content, with further files of ours; returns the whole meta.json. Raises ValueError."""
@@ -79,17 +82,17 @@ class DataDirectoryWriter:
             "tokenizer_sha256": tokenizer.sha256,
             "splits": {split: self.counts[split] | {"sha256": self.hashes[split].hexdigest()} for split in SPLITS},
         } | meta
-        described = json.dumps(meta, indent=2, ensure_ascii=False) + "\n"
-        contents = {"tokenizer.json": tokenizer.json.encode(), META: described.encode()} | (extra or {})
         for file in self.files.values():
             file.flush()
             os.fsync(file.fileno())
             file.close()
-        for name, content in contents.items():
-            write_atomically(self.directory / f"{name}.new", lambda file, content=content: file.write(content))
-        names = [name for name in OUR_FILES if name in contents or name.endswith(".bin")]
-        stale = [name for name in OUR_FILES if name not in names]
-        write_atomically(self.directory / COMMIT, lambda file: file.write(json.dumps({"new": names, "remove": stale}).encode()))
+        extra = extra or {}
+        write_text(self._new("tokenizer.json"), tokenizer.json)
+        for name, content in extra.items():
+            write_atomically(self._new(name), lambda file, content=content: file.write(content))
+        write_json(self._new(META), meta)
+        new = [name for name in OUR_FILES if name.endswith(".bin") or name in ("tokenizer.json", META, *extra)]
+        write_json(self.directory / COMMIT, {"new": new, "remove": [name for name in OUR_FILES if name not in new]})
         finish_commit(self.directory)
         return meta
 
@@ -100,8 +103,14 @@ class DataDirectoryWriter:
         for file in self.files.values():
             file.close()
         if not (self.directory / COMMIT).exists():
-            for name in OUR_FILES:
-                (self.directory / f"{name}.new").unlink(missing_ok=True)
+            self._discard()
+
+    def _new(self, name: str) -> Path:
+        return self.directory / f"{name}.new"
+
+    def _discard(self) -> None:
+        for name in OUR_FILES:
+            self._new(name).unlink(missing_ok=True)
 
 
 def finish_commit(directory: Path) -> None:
@@ -130,8 +139,9 @@ def finish_commit(directory: Path) -> None:
 class DataDirectory:
     """A data directory opened for reading.
 
-    path; name: as the user gave it; meta: meta.json, None for a directory that nanoGPT wrote; tokenizer.
-    Raises FileNotFoundError where there is no data, ValueError where files disagree with each other.
+    path; name: as the user gave it; meta: meta.json, None for a directory that nanoGPT wrote. tokenizer: where there is no meta.json the
+    given one, or else the directory's own, or else GPT-2's if the ids fit.
+    Raises FileNotFoundError where there is no data, ValueError where files disagree with each other or the tokenizer is unknown.
     """
 
     def __init__(self, path: str | Path, tokenizer: TextTokenizer | None = None):
@@ -145,12 +155,26 @@ class DataDirectory:
             self.tokenizer = load_tokenizer(self.path)
             if self.tokenizer.sha256 != self.meta["tokenizer_sha256"]:
                 raise ValueError(f"{self.path / 'tokenizer.json'} is not the tokenizer that {META} names; prepare the data again")
-        elif not (self.path / "train.bin").is_file() and not (self.path / "val.bin").is_file():
+        elif not {"train", "val"} & {*self.splits}:
             raise FileNotFoundError(f"no token files in {path}; make them with prepare_data.py --output {path}")
-        elif tokenizer is None:
-            raise ValueError(f"{path} has no {META}, so its tokenizer is unknown; pass --tokenizer PATH or --tokenizer gpt2")
         else:
-            self.tokenizer = tokenizer
+            self.tokenizer = tokenizer or self._likely_tokenizer()
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that are there."""
+        return tuple(split for split in SPLITS if (self.path / f"{split}.bin").is_file())
+
+    def _likely_tokenizer(self) -> TextTokenizer:
+        """The tokenizer of a directory that doesn't name one. Raises ValueError where it would be a guess."""
+        if (self.path / "tokenizer.json").is_file():
+            return load_tokenizer(self.path)
+        largest = max(self._open(split)[1] for split in self.splits if split != "test")
+        if (self.path / "meta.pkl").exists() or largest not in GPT2_LARGEST_IDS:  # nanoGPT's meta.pkl maps characters; it is never opened
+            raise ValueError(f"{self.name} has no {META}, so its tokenizer is unknown; pass --tokenizer PATH or --tokenizer gpt2")
+        tokenizer = gpt2_tokenizer()
+        notice(f"{self.name} has no {META}: its 50,257 ids or fewer are taken as GPT-2's; pass --tokenizer PATH if they are others")
+        return tokenizer
 
     def _read_meta(self) -> dict:
         try:
@@ -169,14 +193,9 @@ class DataDirectory:
             )
         return meta
 
-    @property
-    def splits(self) -> list[str]:
-        """The splits that are there."""
-        return [split for split in SPLITS if (self.path / f"{split}.bin").is_file()]
-
     @functools.cache  # noqa: B019 - a handful of directories, open for the whole run
-    def tokens(self, split: str) -> np.ndarray:
-        """All token ids of a split, a read-only memmap (tokens,) uint16. Raises FileNotFoundError, ValueError."""
+    def _open(self, split: str) -> tuple[np.ndarray, int]:
+        """A split's memmap and its largest id."""
         path = self.path / f"{split}.bin"
         if not path.is_file():
             raise FileNotFoundError(f"no {path}; prepare the data again, or name a split that is there")
@@ -186,17 +205,22 @@ class DataDirectory:
             raise ValueError(f"{path} has {size} bytes where {expected + expected % 2} belong; it is damaged, prepare the data again")
         if size == 0:
             raise ValueError(f"{path} is empty; prepare the data again with more text")
-        data = np.memmap(path, DTYPE, mode="r")
-        largest = max(int(data[i : i + 2**24].max()) for i in range(0, len(data), 2**24))
+        ids = np.memmap(path, DTYPE, mode="r")
+        return ids, max(int(ids[i : i + 2**24].max()) for i in range(0, len(ids), 2**24))
+
+    def tokens(self, split: str) -> np.ndarray:
+        """All token ids of a split, a read-only memmap (tokens,) uint16. Raises FileNotFoundError, ValueError."""
+        ids, largest = self._open(split)
         if largest >= self.tokenizer.vocab_size:
             raise ValueError(
-                f"{path} holds token id {largest}, but its tokenizer has only {self.tokenizer.vocab_size} ids; prepare it again"
+                f"{self.path / f'{split}.bin'} holds token id {largest}, but its tokenizer has only {self.tokenizer.vocab_size} ids; "
+                "prepare it again"
             )
-        return data
+        return ids
 
     def entropy(self, split: str) -> list[float] | None:
         """Bits of each document of a sample corpus's split under the grammar that wrote it; None for other data."""
-        path = self.path / FLOOR
+        path = self.path / ENTROPY
         if self.meta is None or "sample" not in self.meta or not path.is_file():
             return None
         return json.loads(path.read_text()).get(split)
@@ -205,4 +229,4 @@ class DataDirectory:
         """What identifies the data a model was trained on: tokens and SHA-256 per split, or sizes where there is no meta.json."""
         if self.meta:
             return {split: f"{s['tokens']} tokens, sha256 {s['sha256']}" for split, s in self.meta["splits"].items()}
-        return {split: f"{path.stat().st_size} bytes" for split in SPLITS if (path := self.path / f"{split}.bin").is_file()}
+        return {split: f"{(self.path / f'{split}.bin').stat().st_size} bytes" for split in self.splits}

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
+from utils import Checked, Count, Natural
 
 CONTROL = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f"  # control characters, but for tab and line ends
@@ -25,7 +25,7 @@ ASCII_UNSEEN = bytes(range(0x21)) + b"\x7f"  # blanks and control characters
 
 
 @dataclass(frozen=True)
-class Cleaning:
+class Cleaning(Checked):
     """What is done to each document. Nothing but dropping empty and repeated ones unless flags ask for it."""
 
     fix_mojibake: bool = False
@@ -38,20 +38,20 @@ class Cleaning:
     """Lowercase everything. Becomes part of the tokenizer file, so prompts are lowercased too."""
     nfc: bool = False
     """Write each character in one way, Unicode's NFC. Becomes part of the tokenizer file."""
-    min_chars: int = 0
+    min_chars: Natural = 0
     """Drop documents with fewer characters than this."""
-    max_chars: int | None = None
+    max_chars: Count | None = None
     """Drop documents with more characters than this."""
     deduplicate: bool = True
     """Drop a document that is equal to an earlier one of any source, after cleaning and before splitting."""
 
-    def __post_init__(self):
-        if self.min_chars < 0 or (self.max_chars is not None and self.max_chars < max(1, self.min_chars)):
-            raise ValueError(
-                f"min_chars={self.min_chars} and max_chars={self.max_chars} leave no documents; take 0 <= min_chars <= max_chars"
-            )
+    def problems(self) -> list[str]:
+        problems = []
+        if self.max_chars is not None and self.max_chars < self.min_chars:
+            problems.append(f"min_chars={self.min_chars} and max_chars={self.max_chars} leave no documents; take min_chars <= max_chars")
         if self.fix_mojibake and importlib.util.find_spec("ftfy") is None:
-            raise ValueError("--fix_mojibake needs the package ftfy; run: pip install ftfy")
+            problems.append("--fix_mojibake needs the package ftfy; run: pip install ftfy")
+        return problems
 
     def clean(self, text: str, counts: Counter) -> str:
         """The document as it is kept, but for what the tokenizer's own normalization does. Counts what was changed."""
@@ -105,35 +105,3 @@ def skeleton(text: str) -> bytes:
     if not text.isprintable():  # far quicker than the search; of CONTROL only the two above are printable
         text = CONTROL.sub("", text)
     return unicodedata.normalize("NFD", unicodedata.normalize("NFD", text).casefold()).encode()
-
-
-class KeySet:
-    """A set of 64-bit keys in little memory: sorted runs, each at least twice as long as the next."""
-
-    def __init__(self):
-        self.runs: list[np.ndarray] = []
-
-    def __len__(self) -> int:
-        return sum(map(len, self.runs))
-
-    def contains(self, keys: np.ndarray) -> np.ndarray:
-        """Which of the keys (n,) uint64 are in the set: (n,) bool."""
-        found = np.zeros(len(keys), bool)
-        for run in self.runs:
-            at = np.minimum(np.searchsorted(run, keys), len(run) - 1)
-            found |= run[at] == keys
-        return found
-
-    def add(self, keys: np.ndarray) -> None:
-        """Add keys (n,) uint64 that are not in the set yet; equal ones among them count once."""
-        run = np.unique(keys)
-        while self.runs and len(self.runs[-1]) < 2 * len(run):
-            run = np.sort(np.concatenate([self.runs.pop(), run]), kind="stable")
-        if len(run):
-            self.runs.append(run)
-
-    def fresh(self, keys: np.ndarray) -> np.ndarray:
-        """Which keys (n,) uint64 are not in the set, the first of equal ones only: (n,) bool."""
-        first = np.zeros(len(keys), bool)
-        first[np.unique(keys, return_index=True)[1]] = True
-        return first & ~self.contains(keys)

@@ -4,6 +4,8 @@ Lengths and counts are those of all documents. What needs the text is measured o
 Words are runs of letters and digits, or single other signs, so that figures don't depend on the tokenizer. Doesn't import torch.
 """
 
+import io
+import json
 import re
 import zlib
 from collections import Counter
@@ -12,6 +14,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from formats.data_directory import PICTURE, REPORT
 from formats.tokenizer import TextTokenizer
 
 SAMPLE_BYTES = {"train": 8_000_000, "val": 1_000_000}
@@ -20,7 +23,9 @@ RATIO_WORDS = 100_000  # the type/token ratio falls with the length of a text, s
 OPENING_WORDS = 4
 NGRAMS = (8, 13)  # 13 as in GPT-3's appendix on contamination (Brown et al. 2020)
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-
+COLORS = {"train": "#33608c", "val": "#d1793b", "test": "#8a8a8a"}
+# those of these fonts that are there are tried in turn for each character
+FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "PingFang SC", "Microsoft YaHei", "Arial Unicode MS", "Noto Sans")
 
 # read(split, start, count) -> token ids (count,) uint16
 Read = Callable[[str, int, int], np.ndarray]
@@ -166,6 +171,13 @@ def describe(sizes: dict[str, np.ndarray], read: Read, tokenizer: TextTokenizer,
     }
 
 
+def files(report: dict, title: str) -> dict[str, bytes]:
+    """The contents of data_report.json and data_report.png."""
+    picture = io.BytesIO()
+    draw(report, picture, title)
+    return {REPORT: (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode(), PICTURE: picture.getvalue()}
+
+
 # ---------------------------------------------------------------- the picture
 
 
@@ -201,32 +213,47 @@ def draw(report: dict, file: BinaryIO, title: str) -> None:
 
     from matplotlib import font_manager
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    wanted = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "PingFang SC", "Microsoft YaHei", "Arial Unicode MS", "Noto Sans")
     there = set(font_manager.get_font_names())
-    fonts = [name for name in wanted if name in there]
+    fonts = [name for name in FONTS if name in there]
     figure = Figure(figsize=(15, 8.4))
     figure.subplots_adjust(left=0.16, right=0.97, bottom=0.06, top=0.89, wspace=0.68, hspace=0.3)
     panels = figure.subplot_mosaic([["table", "lengths", "zipf"], ["openings", "scripts", "overlap"]])
-    colors = {"train": "#33608c", "val": "#d1793b", "test": "#8a8a8a"}
+    panels["table"].axis("off")
+    figure.text(0.02, 0.89, _table(report), va="top", family="monospace", fontsize=9.5, linespacing=1.5)
+    _draw_lengths(panels["lengths"], report["document_tokens"])
+    _draw_zipf(panels["zipf"], report["zipf"])
+    shares = [(_shorten(entry["opening"]), entry["share"]) for entry in report["openings"]]
+    _bars(panels["openings"], shares, "most frequent openings, share of documents", COLORS["train"], fonts)
+    _bars(panels["scripts"], list(report["scripts"].items()), "letters by Unicode script", COLORS["train"], fonts)
+    overlaps = report["val_in_train"].items()
+    shared = [(f"runs of {n} words", values["shared"]) for n, values in overlaps]
+    shared += [(f"documents\nwith a run of {n}", values["documents_with_shared"]) for n, values in overlaps]
+    of = "train" if report["sample"]["train"]["all"] else "sampled train"
+    _bars(panels["overlap"], shared, f"of val, also in {of}", COLORS["val"], fonts)
+    figure.suptitle(title, fontsize=14, parse_math=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # characters that no font here can draw
+        figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
 
-    panel = panels["table"]
-    panel.axis("off")
-    head = f"{'':7}{'documents':>11}{'tokens':>10}{'bytes':>10}{'bytes/token':>13}"
-    lines = [head] + [
+
+def _table(report: dict) -> str:
+    lines = [f"{'':7}{'documents':>11}{'tokens':>10}{'bytes':>10}{'bytes/token':>13}"]
+    lines += [
         f"{split:7}{s['documents']:>11,}{_count(s['tokens']):>10}{_count(s['bytes']):>9}B{s['bytes_per_token']:>13.2f}"
         for split, s in report["splits"].items()
     ]
-    lines += ["", *(f"{name:25} {value}" for name, value in _summary(report))]
-    figure.text(0.02, 0.89, "\n".join(lines), va="top", family="monospace", fontsize=9.5, linespacing=1.5)
+    return "\n".join([*lines, "", *(f"{name:25} {value}" for name, value in _summary(report))])
 
-    panel = panels["lengths"]
-    for split, values in report["document_tokens"].items():
+
+def _draw_lengths(panel, document_tokens: dict) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    for split, values in document_tokens.items():
         edges, counts = values["histogram"]["edges"], np.array(values["histogram"]["documents"])
         if len(edges) > 1 and split != "test":
-            panel.stairs(counts / counts.sum(), edges, fill=split == "train", alpha=0.85, color=colors[split], label=split, linewidth=1.8)
-    middle = report["document_tokens"]["train"]["quantiles"]["50%"]
+            panel.stairs(counts / counts.sum(), edges, fill=split == "train", alpha=0.85, color=COLORS[split], label=split, linewidth=1.8)
+    middle = document_tokens["train"]["quantiles"]["50%"]
     panel.axvline(middle, color="black", linewidth=0.8, linestyle=":")
     panel.set(xscale="log", title=f"length of documents, median {middle:,.0f} tokens", xlabel="tokens", ylabel="share of documents")
     panel.legend(frameon=False)
@@ -235,29 +262,12 @@ def draw(report: dict, file: BinaryIO, title: str) -> None:
     panel.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     panel.xaxis.set_minor_formatter(NullFormatter())
 
-    panel = panels["zipf"]
-    panel.plot(report["zipf"]["rank"], report["zipf"]["count"], ".-", color=colors["train"], linewidth=1)
-    slope = report["zipf"]["slope_ranks_10_to_1000"]
-    panel.set(
-        xscale="log",
-        yscale="log",
-        title="words by frequency (Zipf)" + (f", slope {slope:.2f}" if slope is not None else ""),
-        xlabel="rank",
-        ylabel="times found",
-    )
 
-    shares = [(_shorten(entry["opening"]), entry["share"]) for entry in report["openings"]]
-    _bars(panels["openings"], shares, "most frequent openings, share of documents", colors["train"], fonts)
-    _bars(panels["scripts"], list(report["scripts"].items()), "letters by Unicode script", colors["train"], fonts)
-    overlaps = report["val_in_train"].items()
-    shared = [(f"runs of {n} words", values["shared"]) for n, values in overlaps]
-    shared += [(f"documents\nwith a run of {n}", values["documents_with_shared"]) for n, values in overlaps]
-    of = "train" if report["sample"]["train"]["all"] else "sampled train"
-    _bars(panels["overlap"], shared, f"of val, also in {of}", colors["val"], fonts)
-    figure.suptitle(title, fontsize=14, parse_math=False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # characters that no font here can draw
-        figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
+def _draw_zipf(panel, zipf: dict) -> None:
+    slope = zipf["slope_ranks_10_to_1000"]
+    title = "words by frequency (Zipf)" + (f", slope {slope:.2f}" if slope is not None else "")
+    panel.plot(zipf["rank"], zipf["count"], ".-", color=COLORS["train"], linewidth=1)
+    panel.set(xscale="log", yscale="log", title=title, xlabel="rank", ylabel="times found")
 
 
 def _bars(panel, bars: list[tuple[str, float]], title: str, color: str, fonts: list[str]) -> None:

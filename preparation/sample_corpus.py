@@ -1,9 +1,10 @@
 """The sample corpus: stories drawn from a small probabilistic grammar, each with its exact probability.
 
 A perfect model would assign every story just that probability, so the grammar tells how low a model's bits per byte can go.
-The grammar's language is described in the file itself, data/sample_grammar.json.
+The grammar's language is described in the file itself, data/sample_grammar.json. Doesn't import torch.
 """
 
+import hashlib
 import json
 import math
 import random
@@ -12,7 +13,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from preparation.sources import Format, Source
+
 GRAMMAR_PATH = Path(__file__).resolve().parent.parent / "data" / "sample_grammar.json"
+STORY_BYTES = 770  # the mean length of a story
 REFERENCE = re.compile(r"\{([^{}]*)\}")
 
 
@@ -143,3 +147,23 @@ def stories(grammar: Grammar, seed: int, split: str, count: int) -> Iterator[tup
     """`count` independent stories of a split, each with its log2 probability; story i is a pure function of (seed, split, i)."""
     for i in range(count):
         yield grammar.sample(random.Random(f"{seed}/{split}/{i}"))
+
+
+class SampleStories(Source):
+    """One split of the sample corpus, `count` stories. bits: of each story under the grammar, known after reading."""
+
+    def __init__(self, grammar: Grammar, seed: int, split: str, count: int):
+        super().__init__(f"sample:{split}", Format())
+        self.grammar, self.seed, self.split, self.count = grammar, seed, split, count
+        self.text_bytes = STORY_BYTES * count  # near enough for a progress bar
+        self.bits: list[float] = []
+
+    def documents(self) -> Iterator[str]:
+        self.bits = []
+        for text, log2p in stories(self.grammar, self.seed, self.split, self.count):
+            self.bits.append(-log2p)
+            yield text
+
+    def describe(self) -> dict:
+        content = GRAMMAR_PATH.read_bytes()
+        return {"name": "data/sample_grammar.json", "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}

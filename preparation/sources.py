@@ -1,5 +1,6 @@
-"""Where documents come from: text, JSON, CSV and Parquet files, also compressed, and datasets of the Hugging Face hub. No torch here."""
+"""Where documents come from: what every source can do, and text, JSON, CSV and Parquet files, also compressed. Doesn't import torch."""
 
+import abc
 import bz2
 import codecs
 import contextlib
@@ -13,9 +14,6 @@ import lzma
 import math
 import os
 import re
-import threading
-import urllib.error
-import urllib.request
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -23,20 +21,74 @@ from pathlib import Path
 
 from utils import notice
 
+from formats.tokenizer import EOT
+
 CHUNK_BYTES = 2**20
 MAX_DOCUMENT = 2**26  # characters; a longer text is cut into documents at line ends, so that memory stays bounded
-HUB_SECONDS = 6  # how long the hub may take to answer
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
 class Format:
-    """How files are read. separator: what stands between documents of a text file; text_field: key or column that holds the text;
+    """How sources are read. separator: what stands between documents of a text file; text_field: key or column that holds the text;
     errors: strict, or replace to read what is not UTF-8 as U+FFFD."""
 
-    separator: str
+    separator: str = EOT
     text_field: str = "text"
     errors: str = "strict"
+
+
+class Source(abc.ABC):
+    """Documents in a fixed order, which can be read several times.
+
+    name: for people and meta.json. text_bytes: size of the text, None where that isn't known before reading.
+    streamed: whether each reading is a download. replaced: what was not UTF-8 and became U+FFFD in the last reading; cut: documents cut off
+    for their length.
+    """
+
+    text_bytes: int | None = None
+    streamed = False
+
+    def __init__(self, name: str, form: Format):
+        self.name, self.form = name, form
+        self.replaced = self.cut = 0
+
+    def __iter__(self) -> Iterator[str]:
+        """Documents in order. Raises ValueError for what can't be read."""
+        self.replaced = self.cut = 0
+        yield from self.documents()
+
+    @abc.abstractmethod
+    def documents(self) -> Iterator[str]:
+        """What `__iter__` gives; counts in `replaced` and `cut`."""
+
+    @abc.abstractmethod
+    def describe(self) -> dict:
+        """What meta.json tells about it."""
+
+    @property
+    def identity(self) -> str:
+        """Equal for two sources that read the same."""
+        return self.name
+
+    def text_of(self, value, where: str) -> str:
+        """The text of a row, a mapping or the text itself; None counts as an empty document."""
+        if isinstance(value, dict):
+            if self.form.text_field not in value:
+                names = ", ".join(map(str, value)) or "no field at all"
+                raise ValueError(f"{self.name} {where} has no field {self.form.text_field!r}; pass --text_field, one of: {names}")
+            value = value[self.form.text_field]
+        if not isinstance(value, str | None):
+            raise ValueError(
+                f"{self.name} {where} has no text but {type(value).__name__} in field {self.form.text_field!r}; name another --text_field"
+            )
+        text = value or ""
+        if not text.isascii() and SURROGATE.search(text):
+            if self.form.errors == "strict":
+                raise ValueError(f"{self.name} {where} has half a character (a lone surrogate); pass --errors replace to put U+FFFD there")
+            text, count = SURROGATE.subn("\ufffd", text)
+            self.replaced += count
+        return text
 
 
 def open_zst(path: Path) -> io.RawIOBase:
@@ -51,30 +103,21 @@ COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": open
 # ---------------------------------------------------------------- files
 
 
-class TextFile:
-    """A UTF-8 text file as documents, read in pieces. Base of the other kinds of files.
-
-    size: bytes on disk. replaced: what was not UTF-8 and became U+FFFD in the last reading; cut: documents cut off for their length.
-    """
+class File(Source):
+    """A file of UTF-8 text, read in pieces. path; size: bytes on disk."""
 
     def __init__(self, path: Path, form: Format):
-        self.path, self.form, self.name = path, form, str(path)
-        self.size = path.stat().st_size
+        super().__init__(str(path), form)
+        self.path, self.size = path, path.stat().st_size
         self.compressed = path.suffix.lower() in COMPRESSED
-        self.replaced = self.cut = 0
 
-    def __iter__(self) -> Iterator[str]:
-        """Documents in order, without the line ends next to separators. Raises ValueError for what can't be read."""
-        self.replaced = self.cut = 0
-        yield from self.documents()
+    @property
+    def text_bytes(self) -> int | None:
+        return None if self.compressed else self.size
 
-    def documents(self) -> Iterator[str]:
-        separated = False
-        for text, end in self.split(self.form.separator, MAX_DOCUMENT):
-            separated |= end == "separator"
-            text = text.strip("\r\n") if separated and end != "cut" else text
-            if end != "end" or text.strip():
-                yield text
+    @property
+    def identity(self) -> str:
+        return str(self.path.resolve())
 
     def open(self):
         return COMPRESSED[self.path.suffix.lower()](self.path) if self.compressed else open(self.path, "rb")
@@ -128,31 +171,24 @@ class TextFile:
                 rest = rest[end:]
         yield rest, "end"
 
-    def text_of(self, value, where: str) -> str:
-        """The text of a row, a mapping or the text itself; None counts as an empty document."""
-        if isinstance(value, dict):
-            if self.form.text_field not in value:
-                names = ", ".join(map(str, value)) or "no field at all"
-                raise ValueError(f"{self.name} {where} has no field {self.form.text_field!r}; pass --text_field, one of: {names}")
-            value = value[self.form.text_field]
-        if not isinstance(value, str | None):
-            raise ValueError(
-                f"{self.name} {where} has no text but {type(value).__name__} in field {self.form.text_field!r}; name another --text_field"
-            )
-        text = value or ""
-        if not text.isascii() and SURROGATE.search(text):
-            if self.form.errors == "strict":
-                raise ValueError(f"{self.name} {where} has half a character (a lone surrogate); pass --errors replace to put U+FFFD there")
-            text, count = SURROGATE.subn("\ufffd", text)
-            self.replaced += count
-        return text
-
     def describe(self) -> dict:
         with open(self.path, "rb") as file:
             return {"name": self.name, "bytes": self.size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-class JsonLines(TextFile):
+class TextFile(File):
+    """Documents with a separator between them, without the line ends next to it; without any, the file is one document."""
+
+    def documents(self) -> Iterator[str]:
+        separated = False
+        for text, end in self.split(self.form.separator, MAX_DOCUMENT):
+            separated |= end == "separator"
+            text = text.strip("\r\n") if separated and end != "cut" else text
+            if end != "end" or text.strip():
+                yield text
+
+
+class JsonLines(File):
     """One JSON value a line: objects with a text field, or texts."""
 
     def documents(self) -> Iterator[str]:
@@ -165,7 +201,7 @@ class JsonLines(TextFile):
                 yield self.text_of(value, f"line {number}")
 
 
-class Json(TextFile):
+class Json(File):
     """A JSON list of objects or texts (or such values one after the other), read one by one."""
 
     SKIP = re.compile(r"[\s,]*")
@@ -200,7 +236,7 @@ class Json(TextFile):
             wanted = 2 * len(rest)  # a value that is longer than what is here is tried again when there is twice as much
 
 
-class Csv(TextFile):
+class Csv(File):
     """A table with a header line, fields separated by commas, or by tabs in .tsv files."""
 
     def documents(self) -> Iterator[str]:
@@ -215,8 +251,10 @@ class Csv(TextFile):
             raise ValueError(f"{self.path} is no CSV behind line {rows.line_num} ({error}); mend it") from None
 
 
-class Parquet(TextFile):
+class Parquet(File):
     """A Parquet file's text column."""
+
+    text_bytes = None
 
     def documents(self) -> Iterator[str]:
         import pyarrow
@@ -242,7 +280,7 @@ FILE_KINDS = {".txt": TextFile, ".text": TextFile, ".jsonl": JsonLines, ".ndjson
 FILE_KINDS |= {".csv": Csv, ".tsv": Csv, ".parquet": Parquet}
 
 
-def kind_of(path: Path) -> type[TextFile] | None:
+def kind_of(path: Path) -> type[File] | None:
     """How a file is read, by its name without the ending of a compression; None for a name that says nothing."""
     suffix = Path(path.stem).suffix if path.suffix.lower() in COMPRESSED else path.suffix
     return FILE_KINDS.get(suffix.lower())
@@ -270,7 +308,7 @@ def walk(directory: Path) -> Iterator[Path]:
     yield from sorted(found)
 
 
-def find_files(names: Iterable[str], form: Format) -> list[TextFile]:
+def find_files(names: Iterable[str], form: Format) -> list[File]:
     """The files that paths, directories and globs name, each once, in order. Raises FileNotFoundError, ValueError."""
     paths: dict[Path, Path] = {}
     for name in names:
@@ -296,67 +334,3 @@ def find_files(names: Iterable[str], form: Format) -> list[TextFile]:
     if empty:
         raise ValueError(f"empty input: {', '.join(empty)}; leave it out or give a file with text")
     return [(kind_of(path) or TextFile)(path, form) for path in paths.values()]
-
-
-# ---------------------------------------------------------------- the hub
-
-
-class HubSplit(TextFile):
-    """One split of a `datasets` dataset as documents. size: bytes of the text; complete: the whole split was read."""
-
-    def __init__(self, name: str, split: str, rows, form: Format):
-        self.name, self.rows, self.form, self.path = f"{name}:{split}", rows, form, None
-        self.size = 0
-        self.replaced = self.cut = 0
-        self.complete = False
-
-    def documents(self) -> Iterator[str]:
-        digest, size = hashlib.sha256(), 0
-        for number, row in enumerate(self.rows, 1):
-            text = self.text_of(row, f"row {number}")
-            digest.update(text.encode())
-            size += len(text.encode())
-            yield text
-        self.size, self.sha256, self.complete = size, digest.hexdigest(), True
-
-    def describe(self) -> dict:
-        return {"name": self.name} | ({"bytes": self.size, "sha256": self.sha256} if self.complete else {})
-
-
-def hub_answers() -> bool:
-    """Whether the hub can be reached, decided within seconds: `datasets` itself would try for half a minute."""
-    answered = threading.Event()
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-
-    def ask() -> None:
-        try:
-            urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=HUB_SECONDS).close()
-        except urllib.error.HTTPError:
-            pass  # any answer will do
-        except (OSError, ValueError):
-            return
-        answered.set()
-
-    thread = threading.Thread(target=ask, daemon=True)  # looking up a name may hang beyond the timeout
-    thread.start()
-    thread.join(HUB_SECONDS)
-    return answered.is_set()
-
-
-def open_dataset(name: str, config: str | None, form: Format) -> dict[str, HubSplit]:
-    """The splits of a hub dataset or a local dataset folder, streamed. Raises ValueError if it can't be had."""
-    if not Path(name).exists() and not hub_answers():
-        os.environ["HF_HUB_OFFLINE"] = "1"  # read when datasets is imported; what was downloaded before can still be had
-    import datasets
-
-    try:
-        splits = datasets.load_dataset(name, config, streaming=True)
-    except Exception as error:  # datasets passes on the errors of many libraries
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"the dataset {name!r} can't be had ({type(error).__name__}: {reason}); "
-            "without network use --sample, or --input with your own files"
-        ) from None
-    if "train" not in splits:
-        raise ValueError(f"the dataset {name!r} has no train split, only {', '.join(splits)}; download it and use --input")
-    return {split: HubSplit(name, split, rows, form) for split, rows in splits.items()}

@@ -1,75 +1,34 @@
 """The kinds of tokenizers that are made here, each as a tokenizer.json: gpt2, bpe, wordpiece, word, char, byte. Doesn't import torch."""
 
-import functools
-import json
 from collections.abc import Callable, Iterable
 
-from tiktoken.load import read_file_cached
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers.normalizers import Normalizer
 
-from formats.tokenizer import EOT, MAX_VOCAB_SIZE, PADDING, UNKNOWN, TextTokenizer, byte_characters, load_tokenizer
+from formats.tokenizer import EOT, MAX_VOCAB_SIZE, PADDING, UNKNOWN, TextTokenizer, byte_level, gpt2_tokenizer, load_tokenizer
+from formats.tokenizer_description import byte_characters
 
-# the files from which tiktoken makes its "gpt2", in its own cache
-GPT2_FILES = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
-GPT2_SHA256 = {
-    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-}
 SPECIAL = (EOT, UNKNOWN, PADDING)  # of the kinds that don't know every text
 SMALLEST = {"bpe": 257, "wordpiece": 515, "word": 4}  # all bytes (wordpiece: at a word's beginning and inside) and the special tokens
 
 
-def _finish(tokenizer: Tokenizer, normalizer: normalizers.Normalizer | None, *special: str) -> TextTokenizer:
+def _finish(tokenizer: Tokenizer, normalizer: Normalizer | None, *special: str) -> TextTokenizer:
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (EOT, *special)])
-    if normalizer is not None:
-        tokenizer.normalizer = normalizer
-    return TextTokenizer(tokenizer.to_str())
-
-
-def _byte_level(model) -> Tokenizer:
-    """Without a pre-tokenizer `tokenizers` takes memory out of all proportion; GPT-2's keeps words apart."""
-    tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
-
-
-@functools.lru_cache(maxsize=1)
-def _gpt2() -> TextTokenizer:
-    try:
-        merges, vocab = (read_file_cached(f"{GPT2_FILES}/{name}", sha256) for name, sha256 in GPT2_SHA256.items())
-    except Exception as error:  # requests' errors, or an OSError of the cache directory
-        raise ValueError(
-            f"GPT-2's tokenizer files can't be had ({type(error).__name__}: tiktoken downloads them once); "
-            "pass --tokenizer bpe to train a tokenizer on your own text, which needs no network"
-        ) from None
-    ids = json.loads(vocab)
-    del ids[EOT]  # becomes a special token, with the same id: the last one
-    pairs = [tuple(line.split(" ")) for line in merges.decode().splitlines()[1:]]
-    return _finish(_byte_level(models.BPE(ids, pairs)), None)
-
-
-def gpt2_tokenizer(normalizer: normalizers.Normalizer | None = None) -> TextTokenizer:
-    """GPT-2's tokenizer (Radford et al. 2019), ids identical to tiktoken's. Raises ValueError if tiktoken can't get its files."""
-    if normalizer is None:
-        return _gpt2()
-    tokenizer = Tokenizer.from_str(_gpt2().json)
     tokenizer.normalizer = normalizer
     return TextTokenizer(tokenizer.to_str())
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, normalizer: normalizers.Normalizer | None = None) -> TextTokenizer:
+def train_bpe(texts: Iterable[str], vocab_size: int, normalizer: Normalizer | None = None) -> TextTokenizer:
     """Byte-level BPE (Sennrich et al. 2016) trained on `texts`; fewer tokens than asked for where the text gives no more merges."""
-    tokenizer = _byte_level(models.BPE())
-    if normalizer is not None:
-        tokenizer.normalizer = normalizer
+    tokenizer = byte_level(models.BPE())
+    tokenizer.normalizer = normalizer
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[EOT], initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     return TextTokenizer(tokenizer.to_str())
 
 
-def train_wordpiece(texts: Iterable[str], vocab_size: int, normalizer: normalizers.Normalizer | None = None) -> TextTokenizer:
+def train_wordpiece(texts: Iterable[str], vocab_size: int, normalizer: Normalizer | None = None) -> TextTokenizer:
     """WordPiece (Schuster and Nakajima 2012, as BERT has it) over GPT-2's words, byte-level: each word is read as its longest known parts.
 
     Words of more than 100 bytes become `<|unk|>`. Each "#" of the text stands alone, so that "##" always marks a part inside a word.
@@ -79,8 +38,7 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int, normalizer: normalize
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Split("#", "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
         )
-        if normalizer is not None:
-            tokenizer.normalizer = normalizer
+        tokenizer.normalizer = normalizer
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     inside = [f"##{character}" for character in alphabet]  # named here: found in the text, they would get ids in random order
@@ -96,23 +54,21 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int, normalizer: normalize
     return _finish(tokenizer, normalizer, UNKNOWN, PADDING)
 
 
-def train_word(texts: Iterable[str], vocab_size: int, normalizer: normalizers.Normalizer | None = None) -> TextTokenizer:
+def train_word(texts: Iterable[str], vocab_size: int, normalizer: Normalizer | None = None) -> TextTokenizer:
     """The most frequent words of `texts`, as GPT-2's pattern cuts them (a word carries the space before it); others become `<|unk|>`."""
-    tokenizer = _byte_level(models.WordLevel(unk_token=UNKNOWN))
-    if normalizer is not None:
-        tokenizer.normalizer = normalizer
-    tokenizer.train_from_iterator(
-        texts, trainers.WordLevelTrainer(vocab_size=vocab_size, special_tokens=list(SPECIAL), show_progress=False)
-    )
+    tokenizer = byte_level(models.WordLevel(unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizer
+    trainer = trainers.WordLevelTrainer(vocab_size=vocab_size, special_tokens=list(SPECIAL), show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
     return TextTokenizer(tokenizer.to_str())
 
 
-def byte_tokenizer(normalizer: normalizers.Normalizer | None = None) -> TextTokenizer:
+def byte_tokenizer(normalizer: Normalizer | None = None) -> TextTokenizer:
     """Each UTF-8 byte is its own id 0..255; `<|endoftext|>` is 256."""
-    return _finish(_byte_level(models.BPE({character: byte for byte, character in enumerate(byte_characters())}, [])), normalizer)
+    return _finish(byte_level(models.BPE({character: byte for byte, character in enumerate(byte_characters())}, [])), normalizer)
 
 
-def char_tokenizer(texts: Iterable[str], normalizer: normalizers.Normalizer | None = None) -> TextTokenizer:
+def char_tokenizer(texts: Iterable[str], normalizer: Normalizer | None = None) -> TextTokenizer:
     """Each character of `texts` is an id, others become `<|unk|>`; raises ValueError if they are too many for uint16.
 
     The characters come first and in their order, so that these are the ids of nanoGPT's shakespeare_char.
@@ -142,7 +98,7 @@ def check_vocab_size(kind: str, vocab_size: int) -> None:
         )
 
 
-def text_normalizer(lowercase: bool, nfc: bool) -> normalizers.Normalizer | None:
+def text_normalizer(lowercase: bool, nfc: bool) -> Normalizer | None:
     """What is done to every text, at preparation and at prompts; it becomes part of the tokenizer file."""
     parts = [normalizers.Lowercase()] * lowercase + [normalizers.NFC()] * nfc  # in this order the result is in NFC
     return normalizers.Sequence(parts) if len(parts) > 1 else parts[0] if parts else None
@@ -165,8 +121,10 @@ def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int, lowercase: 
         return TRAINED[kind](texts, vocab_size, normalizer)
     if kind == "char":
         return char_tokenizer(texts, normalizer)
-    if kind in ("gpt2", "byte"):
-        return gpt2_tokenizer(normalizer) if kind == "gpt2" else byte_tokenizer(normalizer)
+    if kind == "byte":
+        return byte_tokenizer(normalizer)
+    if kind == "gpt2":
+        return gpt2_tokenizer() if normalizer is None else _finish(Tokenizer.from_str(gpt2_tokenizer().json), normalizer)
     tokenizer = load_tokenizer(kind)
     for asked, name, flag in ((lowercase, "Lowercase", "--lowercase"), (nfc, "NFC", "--nfc")):
         if asked and name not in tokenizer.normalizers:

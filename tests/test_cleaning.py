@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 import prepare_data
 from formats.data_directory import DataDirectory
 from formats.tokenizer import EOT
-from preparation.cleaning import Cleaning, KeySet, skeleton
-from preparation.corpus import DocumentSample, document_key, split_by_hash
+from preparation.cleaning import Cleaning, skeleton
+from preparation.corpus import DocumentSample
+from preparation.selection import KeySet
+from preparation.splits import document_key, split_by_hash
 from preparation.tokenizer_kinds import text_normalizer
 from prepare_data import Arguments
 from tests.runs import documents, write_stories
@@ -106,9 +108,16 @@ def test_lengths_and_repetitions_are_dropped_and_counted(tmp_path):
     assert Counter(everything(tmp_path / "d"))[STORIES[0]] == 3 and "duplicates" not in meta["counts"]
 
 
-@pytest.mark.parametrize("bad", [{"min_chars": -1}, {"min_chars": 5, "max_chars": 4}, {"max_chars": 0}])
-def test_impossible_lengths(bad):
-    with pytest.raises(ValueError, match="leave no documents"):
+@pytest.mark.parametrize(
+    ("bad", "part"),
+    [
+        ({"min_chars": -1}, "min_chars=-1 must be at least 0"),
+        ({"min_chars": 5, "max_chars": 4}, "leave no documents"),
+        ({"max_chars": 0}, "max_chars=0 must be at least 1"),
+    ],
+)
+def test_impossible_lengths(bad, part):
+    with pytest.raises(ValueError, match=part):
         Cleaning(**bad)
 
 
@@ -251,6 +260,13 @@ def test_bytes_that_are_not_utf8_are_counted_once(tmp_path):
     inputs = (f"{tmp_path}/a.txt", f"{tmp_path}/b.txt")
     meta = prepared(tmp_path, {}, input=inputs, errors="replace", tokenizer="bpe", vocab_size=300)
     assert meta["counts"] == {"bytes that are not UTF-8": 2} and meta["made_with"]["errors"] == "replace"
+
+
+def test_a_split_that_is_full_to_the_token_takes_no_further_document(tmp_path):
+    texts = [f"Document {i:03} of the same length." for i in range(200)]
+    meta = prepared(tmp_path, texts, max_tokens=20 * (len(texts[0]) + 1), val_fraction=0.6)
+    assert meta["splits"]["val"] == meta["splits"]["val"] | {"documents": 20, "tokens": 20 * (len(texts[0]) + 1)}
+    assert meta["counts"] == {}
 
 
 def test_one_long_text_is_cut_at_the_limit_too(tmp_path):

@@ -1,4 +1,4 @@
-"""evaluate.py and the measures behind it: each token once, exact against brute force, the floor, and what is refused."""
+"""evaluate.py and the measures behind it: each token once, exact against brute force, the entropy, and what is refused."""
 
 import json
 import math
@@ -10,12 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from config import GPTConfig
-from evaluate import compare_with_floor
+from evaluate import compare_with_entropy
 from evaluation import measures
-from evaluation.measures import Score, score_tokens, split_prefix, strided_windows
+from evaluation.measures import Score, score_tokens, strided_windows
 from formats.data_directory import DataDirectory
 from models import GPT
 from preparation.tokenizer_kinds import char_tokenizer, train_bpe
+from training.validation import split_prefix
 
 
 def evaluate(script, run, *args, code=0) -> dict:
@@ -39,7 +40,7 @@ def test_scores_equal_brute_force():
     model = GPT(GPTConfig(block_size=8, vocab_size=30, n_layer=2, n_head=2, n_embd=16)).eval()
     torch.nn.init.normal_(model.wte.weight, std=0.5)
     tokens = np.random.RandomState(0).randint(0, 30, 45).astype(np.uint16)
-    score = score_tokens(model, tokens, 0, 8, batch_size=3)
+    score = score_tokens(model, tokens, 0, batch_size=3)
     stream, double = [0, *tokens.tolist()], model.double()
     for i in range(45):
         start = i - i % 8
@@ -69,9 +70,9 @@ def test_training_and_evaluation_measure_the_same(trained_run, sample_dir, scrip
 
     model, tokenizer, _, content = load_model(str(trained_run))
     assert content["step"] == logged["step"]
-    summary = measures.summarize(score_tokens(model, prefix.tokens, tokenizer.eot_id, 32), prefix.n_bytes)
+    summary = measures.summarize(score_tokens(model, prefix.tokens, tokenizer.eot_id), prefix.n_bytes)
     assert summary["bits_per_byte"] == pytest.approx(logged["val_bits_per_byte"], rel=1e-5)
-    assert prefix.floor_bits / prefix.n_bytes < summary["bits_per_byte"]
+    assert prefix.entropy_bits / prefix.n_bytes < summary["bits_per_byte"]
 
 
 def test_any_checkpoint_of_a_run_and_any_name_for_it(trained_run, sample_dir, script):
@@ -95,30 +96,30 @@ def test_text_is_evaluated_like_token_files(trained_run, sample_dir, script, tmp
         assert text[key] == pytest.approx(files[key]), key
 
 
-def test_the_floor_is_below_every_honest_model_and_a_leak_is_called_one(trained_run, sample_dir, script, tmp_path):
+def test_the_entropy_is_below_every_honest_model_and_a_leak_is_called_one(trained_run, sample_dir, script, tmp_path):
     result = evaluate(script, trained_run, "--data_dir", sample_dir)[str(sample_dir)]["val"]
-    assert 0.13 < result["floor_bits_per_byte"] < 0.145 < result["bits_per_byte"] and result["above_floor_bits_per_story"] > 0
+    assert 0.13 < result["entropy_bits_per_byte"] < 0.145 < result["bits_per_byte"] and result["above_entropy_bits_per_story"] > 0
     import shutil
 
     leaky = tmp_path / "leaky"
     shutil.copytree(sample_dir, leaky)
-    floor = json.loads((leaky / "floor.json").read_text())
-    (leaky / "floor.json").write_text(json.dumps({split: [bits + 5000 for bits in values] for split, values in floor.items()}))
+    entropy = json.loads((leaky / "entropy.json").read_text())
+    (leaky / "entropy.json").write_text(json.dumps({split: [bits + 5000 for bits in values] for split, values in entropy.items()}))
     assert (
         "below a perfect model"
         in script("evaluate.py", "--checkpoint", trained_run, "--data_dir", leaky, "--output", tmp_path / "x", code=1).stderr
     )
 
 
-def test_floor_comparison_is_paired_per_story():
+def test_the_comparison_with_the_entropy_is_paired_per_story():
     tokens = np.array([5, 5, 0, 5, 0, 5, 5, 5, 0])
     nats = np.log(2) * np.array([1, 2, 3, 1, 1, 4, 0, 0, 0], float)
     score = Score(nats, np.zeros(9, bool))
     assert score.per_document(tokens, 0) / np.log(2) == pytest.approx([6, 2, 4])
-    result = compare_with_floor(score, tokens, 0, [5.0, 1.0, 1.0], n_bytes=10)
-    assert result["above_floor_bits_per_story"] == pytest.approx(5 / 3)
-    assert result["above_floor_standard_error"] == pytest.approx(np.std([1, 1, 3], ddof=1) / math.sqrt(3))
-    assert result["floor_bits_per_byte"] == pytest.approx(0.7)
+    result = compare_with_entropy(score, tokens, 0, [5.0, 1.0, 1.0], n_bytes=10)
+    assert result["above_entropy_bits_per_story"] == pytest.approx(5 / 3)
+    assert result["above_entropy_standard_error"] == pytest.approx(np.std([1, 1, 3], ddof=1) / math.sqrt(3))
+    assert result["entropy_bits_per_byte"] == pytest.approx(0.7)
 
 
 def test_no_bits_per_byte_with_unknown_tokens():
@@ -140,7 +141,7 @@ def test_another_tokenizer_is_refused(trained_run, sample_dir, script, tmp_path)
     [
         (["--checkpoint", "nowhere"], "no checkpoint at nowhere"),
         (["--data_dir", "nowhere"], "no data directory at nowhere"),
-        (["--split", "vall"], "split='vall' is unknown"),
+        (["--split", "vall"], "'vall'"),
         (["--stride", "99"], "stride=99 is above the model's block_size=32"),
         (["--text", "nothing.txt"], "no text files at nothing.txt"),
     ],

@@ -103,7 +103,7 @@ def test_a_model_that_ours_cannot_be_is_refused(tmp_path, family, change, part):
         load_model(str(path))
 
 
-def test_config_of_the_twin_without_optional_fields():
+def test_config_of_the_reference_without_optional_fields():
     minimal = {"model_type": "gpt2", "n_positions": 48, "vocab_size": 257, "n_layer": 2, "n_head": 2, "n_embd": 32}
     assert config_from_hf(minimal) == FAMILIES["gpt2"]
     with pytest.raises(ValueError, match="has no 'n_embd'"):

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from formats.data_directory import DataDirectory
 from formats.tokenizer import EOT, load_tokenizer
-from preparation import sample_corpus
-from preparation.corpus import split_by_hash, split_by_position
+from preparation import sample_corpus, sources
 from preparation.sources import Format, TextFile
+from preparation.splits import split_by_hash, split_by_position
 from tests.runs import documents, write_stories
 
 STORIES = [text for text, _ in sample_corpus.stories(sample_corpus.load_grammar(), 11, "train", 260)]
@@ -127,15 +127,13 @@ def test_the_end_of_text_literal_inside_a_document_is_text(tmp_path, script):
 @given(pieces=st.lists(st.text(alphabet="aé🙂 \n", max_size=30), min_size=1, max_size=6), chunk=st.integers(1, 17))
 @settings(max_examples=100, deadline=None)
 def test_reading_in_pieces_equals_splitting_the_whole(tmp_path_factory, pieces, chunk):
-    from preparation import sources as text_sources
-
     path = tmp_path_factory.mktemp("text") / "t.txt"
     path.write_bytes(EOT.join(pieces).encode())
-    before, text_sources.CHUNK_BYTES = text_sources.CHUNK_BYTES, chunk
+    before, sources.CHUNK_BYTES = sources.CHUNK_BYTES, chunk
     try:
         found = list(TextFile(path, Format(EOT)))
     finally:
-        text_sources.CHUNK_BYTES = before
+        sources.CHUNK_BYTES = before
     whole = [piece.strip("\r\n") for piece in pieces] if len(pieces) > 1 else pieces
     assert found == whole[:-1] + [piece for piece in whole[-1:] if piece.strip()]
 
@@ -165,9 +163,9 @@ def test_the_sample_corpus_is_deterministic_and_seeded(tmp_path, script):
     assert "a perfect model" in script("prepare_data.py", "--sample", "--sample_stories", 60, "--output", "a", cwd=tmp_path).stdout
 
 
-def test_no_floor_where_the_tokenizer_may_lose_text(tmp_path, script):
+def test_no_entropy_where_the_tokenizer_may_lose_text(tmp_path, script):
     script("prepare_data.py", "--sample", "--sample_stories", 60, "--tokenizer", "char", "--output", "d", cwd=tmp_path)
-    assert "floor_bits_per_byte" not in DataDirectory(tmp_path / "d").meta["sample"] and not (tmp_path / "d" / "floor.json").exists()
+    assert "entropy_bits_per_byte" not in DataDirectory(tmp_path / "d").meta["sample"] and not (tmp_path / "d" / "entropy.json").exists()
 
 
 def test_a_trained_tokenizer_is_used_byte_for_byte(tmp_path, script):
@@ -184,7 +182,7 @@ def test_preparing_again_replaces_and_keeps_foreign_files(tmp_path, script):
     script("prepare_data.py", "--sample", "--sample_stories", 60, "--output", "data", cwd=tmp_path)
     (tmp_path / "data" / "notes.txt").write_text("mine")
     script("prepare_data.py", "--input", "s.txt", "--output", "data", *BYTES, cwd=tmp_path)
-    assert sorted(p.name for p in (tmp_path / "data").iterdir()) == [  # neither floor.json nor the sample's data_report
+    assert sorted(p.name for p in (tmp_path / "data").iterdir()) == [  # neither entropy.json nor the sample's data_report
         "meta.json",
         "notes.txt",
         "test.bin",

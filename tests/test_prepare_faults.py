@@ -107,7 +107,7 @@ def test_a_full_disk(small_disk, source, script):
 
 
 def test_a_write_that_is_refused(source, old):
-    """Twin of the full disk that needs no root: the process may not write files beyond 100 kB."""
+    """Like a full disk, but without root: the process may not write files beyond 100 kB."""
     before = content(old)
     program = f"""
 import resource, signal, sys

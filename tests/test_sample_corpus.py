@@ -1,4 +1,4 @@
-"""The grammar: exact probabilities, one derivation a story, and the floor that follows from them."""
+"""The grammar: exact probabilities, one derivation a story, and the entropy that follows from them."""
 
 import json
 import math
@@ -92,7 +92,7 @@ def test_stories_are_long_enough_never_to_repeat_and_pure_in_their_number():
     assert not {text for text, _ in some} & {text for text, _ in stories(grammar, 3, "val", 400)}
 
 
-def test_floor_in_meta_is_what_the_parser_finds(sample_dir):
+def test_the_entropy_in_meta_is_what_the_parser_finds(sample_dir):
     data, grammar = DataDirectory(sample_dir), load_grammar()
     for split in ("train", "val", "test"):
         tokens = data.tokens(split).tolist()
@@ -100,6 +100,6 @@ def test_floor_in_meta_is_what_the_parser_finds(sample_dir):
         assert len(texts) == data.meta["splits"][split]["documents"]
         bits = [-next(grammar.derivations(text))[1] for text in texts]
         expected = sum(bits) / sum(len(text.encode()) for text in texts)
-        assert data.meta["sample"]["floor_bits_per_byte"][split] == pytest.approx(expected, rel=1e-12)
-        assert data.floor(split) == (pytest.approx(bits) if split != "train" else None)
+        assert data.meta["sample"]["entropy_bits_per_byte"][split] == pytest.approx(expected, rel=1e-12)
+        assert data.entropy(split) == (pytest.approx(bits) if split != "train" else None)
     assert json.loads((sample_dir / "meta.json").read_text())["split"]["rule"] == "sample"

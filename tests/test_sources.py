@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 import prepare_data
 from formats.data_directory import DataDirectory
 from formats.tokenizer import EOT
-from preparation import corpus
-from preparation import sources as text_sources
-from preparation.sources import Format, HubSplit, find_files
+from preparation import corpus, sources
+from preparation.hub import HubSplit
+from preparation.sources import Format, find_files
 from tests.runs import documents, write_stories
 from tests.test_prepare import STORIES
 
@@ -84,11 +84,11 @@ def test_zst_is_read_through_pyarrow(tmp_path):
 def test_any_texts_in_any_pieces(tmp_path_factory, suffix, texts, chunk):
     path = tmp_path_factory.mktemp("texts") / f"t{suffix}"
     path.write_bytes(WRITERS[suffix](texts))
-    before, text_sources.CHUNK_BYTES = text_sources.CHUNK_BYTES, chunk
+    before, sources.CHUNK_BYTES = sources.CHUNK_BYTES, chunk
     try:
         assert read(path) == texts
     finally:
-        text_sources.CHUNK_BYTES = before
+        sources.CHUNK_BYTES = before
 
 
 @pytest.mark.parametrize("content", ['["a", "b"]', '"a" "b"', '{"text": "a"}\n{"text": "b"}', ' [{"text": "a"},\n {"text": "b"} ]\n'])
@@ -144,13 +144,13 @@ def test_a_parquet_column_that_is_missing(tmp_path):
 def test_replacing_reads_any_bytes_as_python_does(tmp_path_factory, data, chunk):
     path = tmp_path_factory.mktemp("bytes") / "t.txt"
     path.write_bytes(b"x" + data)
-    before, text_sources.CHUNK_BYTES = text_sources.CHUNK_BYTES, chunk
+    before, sources.CHUNK_BYTES = sources.CHUNK_BYTES, chunk
     try:
         (source,) = find_files([str(path)], Format("\n###\n", errors="replace"))
         assert list(source) == [(b"x" + data).decode(errors="replace")]
         assert source.replaced == (b"x" + data).decode(errors="replace").count("\ufffd") - data.count("\ufffd".encode())
     finally:
-        text_sources.CHUNK_BYTES = before
+        sources.CHUNK_BYTES = before
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):
@@ -189,8 +189,8 @@ def test_a_pipe_is_refused(tmp_path):
 
 
 def test_very_long_documents_are_cut_at_line_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_sources, "MAX_DOCUMENT", 1000)
-    monkeypatch.setattr(text_sources, "CHUNK_BYTES", 300)
+    monkeypatch.setattr(sources, "MAX_DOCUMENT", 1000)
+    monkeypatch.setattr(sources, "CHUNK_BYTES", 300)
     text = "".join(f"line {i} of a long text\n" for i in range(300)) + "word " * 500 + "x" * 2500
     (tmp_path / "t.txt").write_text(text)
     (source,) = find_files([str(tmp_path / "t.txt")], FORM)

@@ -1,6 +1,7 @@
 """Tokenizers: identical to tiktoken and tokenizers, lossless where they say so, never leaking the end-of-text id."""
 
 import json
+import pickle
 import random
 import re
 import sys
@@ -13,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from formats import tokenizer as tokenizers_io
-from formats.tokenizer import EOT, KINDS, TextTokenizer, load_tokenizer
+from formats import tokenizer as tokenizer_module
+from formats.fast_encoding import has_few_blanks
+from formats.tokenizer import EOT, KINDS, TextTokenizer, gpt2_tokenizer, load_tokenizer
 from preparation import sample_corpus
-from preparation.tokenizer_kinds import byte_tokenizer, char_tokenizer, gpt2_tokenizer, make_tokenizer, train_bpe
+from preparation.tokenizer_kinds import byte_tokenizer, char_tokenizer, make_tokenizer, train_bpe
 from tests.conftest import ROOT
 from tests.runs import write_stories
 
@@ -60,30 +62,30 @@ def test_runs_of_blanks_are_cut_as_tokenizers_cuts_them():
     @given(texts=st.lists(BLANKS, min_size=1, max_size=4))
     @settings(max_examples=500, deadline=None)
     def check(texts):
-        seen.update(map(tokenizers_io.has_few_blanks, texts))
+        seen.update(map(has_few_blanks, texts))
         expected = [[*tokenizer.tokenizer.encode(text, add_special_tokens=False).ids, tokenizer.eot_id] for text in texts]
         assert [[*tokenizer.encode(text), tokenizer.eot_id] for text in texts] == expected
         ids, sizes = tokenizer.encode_documents(texts)
         assert ids.tolist() == [i for part in expected for i in part] and sizes.tolist() == [len(part) for part in expected]
 
     check()
-    assert seen == {True, False} and any(len(token) > 2 for token in tokenizer.twin._mergeable_ranks if not token.strip())
+    assert seen == {True, False} and any(len(token) > 2 for token in tokenizer.fast.exact._mergeable_ranks if not token.strip())
 
 
 @pytest.mark.parametrize("kind", TRAINED)
 @given(texts=st.lists(st.text(max_size=60) | BLANKS | st.sampled_from(ODD + TEXTS), max_size=6), piece=st.integers(1, 300))
 @settings(max_examples=60, deadline=None)
 def test_documents_at_once_and_in_pieces_have_the_ids_of_one_by_one(kind, texts, piece):
-    tokenizer, before = TRAINED[kind], tokenizers_io.PIECE
+    tokenizer, before = TRAINED[kind], tokenizer_module.PIECE
     expected = [[*tokenizer.tokenizer.encode(text, add_special_tokens=False).ids, tokenizer.eot_id] for text in texts]
     try:
-        for tokenizers_io.PIECE in (before, piece):
+        for tokenizer_module.PIECE in (before, piece):
             ids, counts = tokenizer.encode_documents(texts)
             assert ids.dtype == np.uint16 and counts.tolist() == [len(part) for part in expected]
             assert ids.tolist() == [i for part in expected for i in part]
             assert [tokenizer.encode(text) for text in texts] == [part[:-1] for part in expected]
     finally:
-        tokenizers_io.PIECE = before
+        tokenizer_module.PIECE = before
 
 
 @pytest.mark.parametrize("kind", LOWER)
@@ -96,7 +98,7 @@ def test_normalization_is_the_tokenizer_files_own(kind, text):
     assert tokenizer.encode(text) == tokenizer.encode(normal) == tokenizer.tokenizer.encode(text, add_special_tokens=False).ids
     if text.isascii():
         assert normal == unicodedata.normalize("NFC", text.lower())
-    if tokenizer.byte_level:
+    if tokenizer.description.byte_level:
         assert tokenizer.decode(tokenizer.encode(text)) == normal
     assert "changes text" in tokenizer.loss_reason
 
@@ -108,8 +110,8 @@ def test_decoding_ids_that_spell_no_text_is_as_tokenizers_does(tokenizer, ids):
     assert tokenizer.decode(ids) == tokenizer.tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def test_normalizing_keeps_the_twin_and_nfc_loses_nothing():
-    assert LOWER["bpe"].twin is not None
+def test_normalizing_keeps_the_fast_encoding_and_nfc_loses_nothing():
+    assert LOWER["bpe"].fast is not None
     nfc = make_tokenizer("bpe", TEXTS, 600, nfc=True)
     assert nfc.loss_reason is None and nfc.encode("e\u0301") == nfc.encode("é") and nfc.decode(nfc.encode("e\u0301")) == "é"
 
@@ -120,32 +122,37 @@ def test_a_given_file_must_normalize_as_asked(tmp_path):
         make_tokenizer(str(tmp_path), (), 0, lowercase=True)
 
 
-def test_the_twin_is_used_and_survives_what_tiktoken_does_not(monkeypatch):
-    assert BPE.twin is not None
+def test_tiktoken_is_used_and_survives_what_it_does_not(monkeypatch):
+    assert BPE.fast is not None
     text = " " * 1_000_000 + "x"
     assert BPE.decode(BPE.encode(text)) == text
-    monkeypatch.setattr(tokenizers_io, "PIECE", 2**21)
+    monkeypatch.setattr(tokenizer_module, "PIECE", 2**21)
     ids, counts = BPE.encode_documents([text, "y"])
     assert counts.tolist() == [len(BPE.encode(text)) + 1, 2] and BPE.decode(ids.tolist()) == text + "y"
 
 
-def test_no_twin_for_a_vocabulary_with_more_than_bytes():
+def test_no_fast_encoding_for_a_vocabulary_with_more_than_bytes():
     description = json.loads(BPE.json)
     description["model"]["vocab"]["北 "] = BPE.vocab_size
     changed = TextTokenizer(json.dumps(description))
-    assert changed.twin is None and changed.encode(TEXTS[0]) == BPE.encode(TEXTS[0])
+    assert changed.fast is None and changed.encode(TEXTS[0]) == BPE.encode(TEXTS[0])
     ids = [5, BPE.vocab_size, 6]
     assert changed.decode(ids) == changed.tokenizer.decode(ids)
 
 
-def test_no_twin_where_merge_order_and_ids_disagree():
+def test_no_fast_encoding_where_merge_order_and_ids_disagree():
     description = json.loads(BPE.json)
     vocab, merges = description["model"]["vocab"], description["model"]["merges"]
     first, last = ("".join(merges[i]) for i in (0, -1))
     vocab[first], vocab[last] = vocab[last], vocab[first]
     changed = TextTokenizer(json.dumps(description))
-    assert changed.twin is None
+    assert changed.fast is None
     assert changed.encode(TEXTS[0]) == Tokenizer.from_str(changed.json).encode(TEXTS[0]).ids != BPE.encode(TEXTS[0])
+
+
+def test_a_tokenizer_can_be_sent_to_a_process_that_was_not_forked():
+    sent = pickle.loads(pickle.dumps(LOWER["bpe"]))
+    assert sent.json == LOWER["bpe"].json and sent.encode(TEXTS[0]) == LOWER["bpe"].encode(TEXTS[0])
 
 
 def test_bpe_tells_its_true_size():
@@ -244,7 +251,7 @@ def test_transformers_and_tokenizers_read_our_files(kind, tmp_path):
 
 def test_gpt2_equals_tiktoken_on_real_languages(real_data):
     ours, theirs = gpt2_tokenizer(), tiktoken.get_encoding("gpt2")
-    assert (ours.vocab_size, ours.eot_id) == (50257, 50256) and ours.twin is not None
+    assert (ours.vocab_size, ours.eot_id) == (50257, 50256) and ours.fast is not None
     texts = [path.read_text(encoding="utf-8") for path in sorted((real_data / "multilingual").glob("*.txt"))] + ODD
     for text in texts:
         ids = theirs.encode_ordinary(text)
@@ -253,6 +260,21 @@ def test_gpt2_equals_tiktoken_on_real_languages(real_data):
         assert ours.tokenizer.encode(text[:2000], add_special_tokens=False).ids == theirs.encode_ordinary(text[:2000])
     ids, counts = ours.encode_documents(texts)
     assert ids.tolist() == [i for text in texts for i in (*theirs.encode_ordinary(text), 50256)] and len(counts) == len(texts)
+
+
+def test_hugging_faces_own_file_of_gpt2_has_the_same_ids(real_data):
+    """It writes "" where ours leaves a prefix or suffix unset, keeps the EOT in the vocabulary, and pairs as texts, without a type."""
+    ours = gpt2_tokenizer()
+    description = json.loads(ours.json)
+    model = {name: value for name, value in description["model"].items() if name in ("dropout", "unk_token", "fuse_unk")}
+    model |= {"continuing_subword_prefix": "", "end_of_word_suffix": ""}
+    model |= {"vocab": description["model"]["vocab"] | {EOT: 50256}, "merges": [" ".join(pair) for pair in description["model"]["merges"]]}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    theirs = TextTokenizer(json.dumps(description | {"model": model, "pre_tokenizer": byte_level, "post_processor": byte_level}))
+    assert theirs.sha256 != ours.sha256 and theirs.same_ids(ours) and ours.same_ids(theirs) and theirs.fast is not None
+    assert theirs.encode(TEXTS[0] + " naïve 🙂") == ours.encode(TEXTS[0] + " naïve 🙂")
+    changed = json.dumps(description | {"model": description["model"] | {"end_of_word_suffix": "</w>"}})
+    assert not TextTokenizer(changed).same_ids(ours) and not BPE.same_ids(ours)
 
 
 def test_every_kind_on_real_languages(real_data, monkeypatch):
@@ -264,7 +286,7 @@ def test_every_kind_on_real_languages(real_data, monkeypatch):
             if tokenizer.unknown_id not in ids:
                 assert tokenizer.decode(ids) == text
             with monkeypatch.context() as patch:
-                patch.setattr(tokenizers_io, "PIECE", 1000)
+                patch.setattr(tokenizer_module, "PIECE", 1000)
                 assert tokenizer.encode(text) == ids
         assert TRAINED["bpe"].unknown_id is TRAINED["byte"].unknown_id is None
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.axes import Axes
 
-from preparation import portrait as data_report
+from preparation import portrait
 from preparation.portrait import WORD, Words, describe, draw, openings, overlap, scripts, variety
 from preparation.tokenizer_kinds import byte_tokenizer
 from prepare_data import Arguments, prepare
@@ -31,7 +31,7 @@ def words_of(*groups: list[str]) -> list[Words]:
 @settings(max_examples=100, deadline=None)
 def test_overlap_is_that_of_sets(train, val):
     found = overlap(*words_of(train, val))
-    for n in data_report.NGRAMS:
+    for n in portrait.NGRAMS:
 
         def runs(text, n=n):
             words = WORD.findall(text)
@@ -113,7 +113,7 @@ def test_openings_that_look_alike_once_shortened_have_a_bar_each(monkeypatch):
 
 
 def test_a_large_corpus_is_sampled_and_says_so(monkeypatch):
-    monkeypatch.setattr(data_report, "SAMPLE_BYTES", {"train": 5000, "val": 1000})
+    monkeypatch.setattr(portrait, "SAMPLE_BYTES", {"train": 5000, "val": 1000})
     report = report_of(dict.fromkeys(("train", "val", "test"), STORIES))
     sample = report["sample"]["train"]
     assert not sample["all"] and 5000 <= sample["bytes"] < 7000 and sample["documents"] < 12

@@ -1,0 +1,75 @@
+"""Datasets of the Hugging Face hub, and local dataset folders, as sources of documents. Doesn't import torch."""
+
+import hashlib
+import os
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from preparation.sources import Format, Source
+
+HUB_SECONDS = 6  # how long the hub may take to answer
+
+
+class HubSplit(Source):
+    """One split of a `datasets` dataset, streamed. rows: its rows, a mapping of columns each."""
+
+    streamed = True
+
+    def __init__(self, name: str, split: str, rows: Iterable[dict], form: Format):
+        super().__init__(f"{name}:{split}", form)
+        self.rows = rows
+        self.read: dict = {}  # bytes and sha256 of the text, once the whole split was read
+
+    def documents(self) -> Iterator[str]:
+        digest, size = hashlib.sha256(), 0
+        for number, row in enumerate(self.rows, 1):
+            text = self.text_of(row, f"row {number}")
+            digest.update(text.encode())
+            size += len(text.encode())
+            yield text
+        self.read = {"bytes": size, "sha256": digest.hexdigest()}
+
+    def describe(self) -> dict:
+        return {"name": self.name} | self.read
+
+
+def hub_answers() -> bool:
+    """Whether the hub can be reached, decided within seconds: `datasets` itself would try for half a minute."""
+    answered = threading.Event()
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=HUB_SECONDS).close()
+        except urllib.error.HTTPError:
+            pass  # any answer will do
+        except (OSError, ValueError):
+            return
+        answered.set()
+
+    thread = threading.Thread(target=ask, daemon=True)  # looking up a name may hang beyond the timeout
+    thread.start()
+    thread.join(HUB_SECONDS)
+    return answered.is_set()
+
+
+def open_dataset(name: str, config: str | None, form: Format) -> dict[str, HubSplit]:
+    """The splits of a hub dataset or a local dataset folder, streamed. Raises ValueError if it can't be had."""
+    if not Path(name).exists() and not hub_answers():
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read when datasets is imported; what was downloaded before can still be had
+    import datasets
+
+    try:
+        splits = datasets.load_dataset(name, config, streaming=True)
+    except Exception as error:  # datasets passes on the errors of many libraries
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"the dataset {name!r} can't be had ({type(error).__name__}: {reason}); "
+            "without network use --sample, or --input with your own files"
+        ) from None
+    if "train" not in splits:
+        raise ValueError(f"the dataset {name!r} has no train split, only {', '.join(splits)}; download it and use --input")
+    return {split: HubSplit(name, split, rows, form) for split, rows in splits.items()}

@@ -1,0 +1,213 @@
+"""Which of the documents read are kept: none twice, none in train that is held out, no more than the limits allow. Doesn't import torch."""
+
+import math
+from collections import Counter
+from dataclasses import astuple, dataclass
+from fractions import Fraction
+from typing import NamedTuple
+
+from utils import notice
+
+import numpy as np
+from tqdm import tqdm
+
+from formats.data_directory import SPLITS
+from formats.tokenizer import TextTokenizer
+from preparation.corpus import Corpus, Group, Limits
+from preparation.encoding import DocumentEncoder, Encoded
+
+
+class Kept(NamedTuple):
+    """Documents for a split. ids: with an EOT behind each (tokens,) uint16; bytes: UTF-8 of their texts."""
+
+    split: str
+    ids: np.ndarray
+    documents: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a split may still get; infinite where there is no limit."""
+
+    documents: float
+    bytes: float
+    tokens: float
+
+    @classmethod
+    def within(cls, limits: Limits) -> "Room":
+        return cls(*(math.inf if limit is None else limit for limit in astuple(limits)))
+
+    def __sub__(self, kept: Kept) -> "Room":
+        return Room(self.documents - kept.documents, self.bytes - kept.bytes, self.tokens - len(kept.ids))
+
+    def __bool__(self) -> bool:
+        return min(self.documents, self.bytes, self.tokens) > 0
+
+    def whole(self, sizes: np.ndarray, tokens: np.ndarray) -> int:
+        """How many documents of these bytes (n,) and tokens (n,) fit in whole, from the first on."""
+        by_bytes = np.searchsorted(np.cumsum(sizes), self.bytes, "right")
+        by_tokens = np.searchsorted(np.cumsum(tokens), self.tokens, "right")
+        return int(min(len(tokens), self.documents, by_bytes, by_tokens))
+
+    def filled_by(self, sizes: np.ndarray, tokens: np.ndarray) -> int | None:
+        """Which document (0 for the first) of these bytes (n,) and tokens (n,) takes the last of the room; None if some is left."""
+        by_bytes = np.searchsorted(np.cumsum(sizes), self.bytes)
+        by_tokens = np.searchsorted(np.cumsum(tokens), self.tokens)
+        last = int(min(max(0, self.documents - 1), by_bytes, by_tokens, len(tokens)))
+        return last if last < len(tokens) else None
+
+
+class Selection:
+    """Decides, in the order of reading, what is kept of each group.
+
+    counts: what was dropped or changed, by reason. unknown: unknown tokens of each split. sizes: tokens of each document, in pieces.
+    full: whether the group can give no more; taken: what it gave to train, in tokens.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer, deduplicate: bool):
+        self.tokenizer, self.deduplicate = tokenizer, deduplicate
+        self.seen, self.held_out = KeySet(), KeySet()
+        self.counts: Counter = Counter()
+        self.unknown = dict.fromkeys(SPLITS, 0)
+        self.sizes: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+
+    def start(self, group: Group, limits: Limits) -> None:
+        """What follows belongs to this group."""
+        self.group, self.limits = group, limits
+        self.room = dict.fromkeys(SPLITS, Room.within(limits))
+        self.taken = 0
+        self.full = False
+
+    def wanted(self) -> float:
+        """How many more documents can be used at most."""
+        return 0 if self.full else self.room[self.group.split or "train"].documents
+
+    def keep(self, encoded: Encoded) -> list[Kept]:
+        """What is kept of some documents."""
+        fresh = self.seen.fresh(encoded.keys) if self.deduplicate else np.ones(len(encoded.keys), bool)
+        leaked = self.held_out.contains(encoded.keys) if self.group.split is None else np.zeros(len(fresh), bool)
+        ok = (fresh & ~leaked)[encoded.document]
+        used = self._documents_until_full(encoded, ok)
+        ok &= encoded.document < used
+        self._remember(encoded, used, fresh, leaked)
+        of_splits = ((split, ok & (encoded.split == i)) for i, split in enumerate(SPLITS))
+        return [self._fit(split, encoded, mine) for split, mine in of_splits if mine.any()]
+
+    def _documents_until_full(self, encoded: Encoded, ok: np.ndarray) -> int:
+        """How many of the documents are looked at before the split that ends the group is full: all of them if it stays open."""
+        split = self.group.split or "train"
+        mine = ok & (encoded.split == SPLITS.index(split))
+        last = self.room[split].filled_by(encoded.bytes[mine], encoded.tokens[mine])
+        self.full = last is not None
+        return int(encoded.document[mine][last]) + 1 if self.full else len(encoded.keys)
+
+    def _remember(self, encoded: Encoded, used: int, fresh: np.ndarray, leaked: np.ndarray) -> None:
+        """Count what is dropped of the documents that are looked at, and remember their keys."""
+        keys, fresh, leaked = encoded.keys[:used], fresh[:used], leaked[:used]
+        self.counts += encoded.counts
+        self.counts["in val or test already"] += int(leaked.sum())
+        self.counts["duplicates"] += int((~fresh & ~leaked).sum())
+        if self.deduplicate:
+            self.seen.add(keys[fresh])
+        if self.group.split in ("val", "test"):
+            self.held_out.add(keys[~self.held_out.contains(keys)])
+
+    def _fit(self, split: str, encoded: Encoded, mine: np.ndarray) -> Kept:
+        """As much of the parts `mine` (parts,) bool as the split has room for."""
+        tokens, sizes, room = encoded.tokens[mine], encoded.bytes[mine], self.room[split]
+        ids = encoded.ids if mine.all() else encoded.ids[np.repeat(mine, encoded.tokens)]
+        whole = room.whole(sizes, tokens)
+        end = int(tokens[:whole].sum())
+        kept = Kept(split, ids[:end], whole, int(sizes[:whole].sum()))
+        room -= kept
+        if whole < len(tokens):
+            if room:
+                kept = self._with_beginning(kept, ids[end : end + int(tokens[whole]) - 1], room)
+            room = Room(0, 0, 0)
+        self.room[split] = room
+        self.taken += len(kept.ids) * (split == "train")
+        self.sizes[split].append(np.diff(np.flatnonzero(kept.ids == self.tokenizer.eot_id), prepend=-1).astype(np.int32))
+        if self.tokenizer.unknown_id is not None:
+            self.unknown[split] += int((kept.ids == self.tokenizer.unknown_id).sum())
+        return kept
+
+    def _with_beginning(self, kept: Kept, ids: np.ndarray, room: Room) -> Kept:
+        """What is kept, and as much of a further document (ids, without EOT) as there is room for, cut between characters."""
+        decode, ids = self.tokenizer.decode, ids[: int(min(len(ids), room.tokens - 1))]
+        if room.bytes < math.inf:
+            ids = np.array(self.tokenizer.encode(decode(ids).encode()[: int(room.bytes)].decode(errors="ignore")), np.uint16)
+            ids = ids[: int(min(len(ids), room.tokens - 1))]
+        for _ in range(3):  # a character has four bytes at most, and U+FFFD may stand in the text itself
+            if len(ids) and decode(ids[-4:]).endswith("\ufffd"):
+                ids = ids[:-1]
+        n_bytes = len(decode(ids).encode())
+        if not n_bytes:
+            return kept
+        self.counts["cut off at the limit"] += 1
+        ids = np.append(ids, np.uint16(self.tokenizer.eot_id))
+        return Kept(kept.split, np.concatenate([kept.ids, ids]), kept.documents + 1, kept.bytes + n_bytes)
+
+    def check_share(self) -> None:
+        """A group that ended before its limit: an error where it should give a share of a mixture, else a notice."""
+        if self.full or self.group.split is not None or not self.limits:
+            return
+        named = [name for name in ("documents", "bytes", "tokens") if getattr(self.limits, name) is not None]
+        if self.group.weight is not None:
+            raise ValueError(
+                f"{self.group.name} ended before its share of --max_{named[0]}, {getattr(self.limits, named[0]):,}; lower it, or leave it "
+                "out: then the mixture gets as large as the sources allow"
+            )
+        notice(f"the sources end before --max_{' and --max_'.join(named)}: train has {self.taken:,} tokens")
+
+    def document_sizes(self) -> dict[str, np.ndarray]:
+        """Tokens of each document of each split, (documents,) int32."""
+        return {split: np.concatenate(parts) for split, parts in self.sizes.items()}
+
+
+def largest_mixture(corpus: Corpus, encoder: DocumentEncoder) -> Limits:
+    """The most tokens that the sources give in the shares of their weights. Reads and encodes everything once."""
+    selection, tokens = Selection(encoder.recipe.tokenizer, corpus.cleaning.deduplicate), []
+    for group in tqdm(corpus.groups, desc="counting", unit="source", disable=None):
+        selection.start(group, Limits())
+        for encoded in encoder.encode(group, None, selection.wanted):
+            selection.keep(encoded)
+        if group.split is None:
+            tokens.append(selection.taken)
+    shares = [weight / sum(corpus.weights) for weight in corpus.weights]
+    return Limits(tokens=int(min(Fraction(count) / share for count, share in zip(tokens, shares))))
+
+
+# ---------------------------------------------------------------- sets of documents
+
+
+class KeySet:
+    """A set of 64-bit keys in little memory: sorted runs, each at least twice as long as the next."""
+
+    def __init__(self):
+        self.runs: list[np.ndarray] = []
+
+    def __len__(self) -> int:
+        return sum(map(len, self.runs))
+
+    def contains(self, keys: np.ndarray) -> np.ndarray:
+        """Which of the keys (n,) uint64 are in the set: (n,) bool."""
+        found = np.zeros(len(keys), bool)
+        for run in self.runs:
+            at = np.minimum(np.searchsorted(run, keys), len(run) - 1)
+            found |= run[at] == keys
+        return found
+
+    def add(self, keys: np.ndarray) -> None:
+        """Add keys (n,) uint64 that are not in the set yet; equal ones among them count once."""
+        run = np.unique(keys)
+        while self.runs and len(self.runs[-1]) < 2 * len(run):
+            run = np.sort(np.concatenate([self.runs.pop(), run]), kind="stable")
+        if len(run):
+            self.runs.append(run)
+
+    def fresh(self, keys: np.ndarray) -> np.ndarray:
+        """Which keys (n,) uint64 are not in the set, the first of equal ones only: (n,) bool."""
+        first = np.zeros(len(keys), bool)
+        first[np.unique(keys, return_index=True)[1]] = True
+        return first & ~self.contains(keys)
