@@ -200,54 +200,20 @@ class TrainConfig(Checked):
 # A preset is a model and the training values that go with it; values it does not name stay as they stand in train_config.
 # nano's and mini's values were measured (MEASUREMENTS.md). The larger ones follow a rule and are unmeasured: the AdamW part's peak
 # falls with the width, from 3e-3 at 384 on the cautious side (6e-4 at 512, 3e-4 at 1024), Muon's stays, warmup is the default.
+SHORT = {"gradient_accumulation_steps": 1, "warmup_steps": 100, "lr_schedule": "linear", "final_lr_fraction": 0.0}
+NANO = {"batch_size": 2, "max_steps": 2800, "learning_rate": 1e-2, "muon_learning_rate": 0.01, "eval_interval": 400, "eval_tokens": 50_000}
 PRESETS = {
-    "nano": (
-        GPTConfig.nano,
-        {
-            "batch_size": 2,
-            "gradient_accumulation_steps": 1,
-            "max_steps": 2800,
-            "learning_rate": 1e-2,
-            "muon_learning_rate": 0.01,
-            "warmup_steps": 100,
-            "lr_schedule": "linear",
-            "final_lr_fraction": 0.0,
-            "eval_interval": 400,
-            "eval_tokens": 50_000,
-            "checkpoint_interval": 400,
-        },
-    ),
-    "mini": (
-        GPTConfig.mini,
-        {
-            "batch_size": 16,
-            "gradient_accumulation_steps": 1,
-            "max_steps": 5_000,
-            "learning_rate": 3e-3,
-            "muon_learning_rate": 0.01,
-            "warmup_steps": 100,
-            "lr_schedule": "linear",
-            "final_lr_fraction": 0.0,
-        },
-    ),
+    "nano": (GPTConfig.nano, SHORT | NANO | {"checkpoint_interval": 400}),
+    "mini": (GPTConfig.mini, SHORT | {"batch_size": 16, "max_steps": 5_000, "learning_rate": 3e-3, "muon_learning_rate": 0.01}),
     "tiny": (GPTConfig.tiny, {"learning_rate": 6e-4, "max_steps": 20_000}),
     "small": (GPTConfig.small, {"learning_rate": 4e-4}),
     "medium": (GPTConfig.medium, {"learning_rate": 3e-4}),
 }
 
 # What --init_from sets unless a flag says otherwise, for a model that already knows something; measured (MEASUREMENTS.md).
-FINE_TUNING = {
-    "learning_rate": 1e-3,  # at a width of 128; falls with the width, as the presets' rates do
-    "muon_learning_rate": 2e-3,
-    "batch_size": 8,
-    "gradient_accumulation_steps": 1,
-    "epochs": 2.0,
-    "warmup_steps": 50,
-    "lr_schedule": "linear",
-    "final_lr_fraction": 0.0,
-    "eval_interval": 200,
-    "checkpoint_interval": 200,
-}
+# The AdamW part's rate is that of a width of 128; it falls with the width, as the presets' rates do.
+FINE_TUNING = SHORT | {"learning_rate": 1e-3, "muon_learning_rate": 2e-3, "batch_size": 8, "epochs": 2.0, "warmup_steps": 50}
+FINE_TUNING |= {"eval_interval": 200, "checkpoint_interval": 200}
 
 # The two lines to edit for an experiment, e.g. ModelConfig.tiny(block_size=256, dropout=0.1) and
 # TrainConfig(data_dir="./data_v1", learning_rate=1e-3).

@@ -20,19 +20,9 @@ from training.learner import passes_of_step
 ACTIVATIONS = {("gpt2", 2): (22, 7), ("gpt2", 4): (36, 11), ("qwen3", 2): (95, 10), ("qwen3", 4): (112, 18)}
 ATTENTION_PROBABILITY = 24  # bytes for each, where they are held: with dropout and without the fused kernel
 LIBRARIES = 0.45e9  # what Python and torch take before the first tensor
-PEAK_FLOPS = {  # dense bfloat16 or float16 with tensor cores, from the makers' data sheets; the first name that fits counts
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10": 125e12,
-    "T4": 65e12,
-    "V100": 125e12,
-    "4090": 165e12,
-    "3090": 71e12,
-}
+# 1e12 operations a second, dense bfloat16 or float16 with tensor cores, from the makers' data sheets; the first name that fits counts
+PEAKS = {"B200": 2250, "H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10": 125, "T4": 65, "V100": 125}
+PEAKS |= {"4090": 165, "3090": 71}
 
 
 def peak_flops(device: str) -> float | None:
@@ -40,16 +30,14 @@ def peak_flops(device: str) -> float | None:
     if not device.startswith("cuda"):
         return None
     name = torch.cuda.get_device_name(device)
-    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+    return next((1e12 * peak for part, peak in PEAKS.items() if part in name), None)
 
 
 def memory_estimate(model: GPT, config: TrainConfig, dtype: torch.dtype, micro_batch: int, device: str, compiled: bool) -> float:
     """Bytes at the peak of a training step, roughly: libraries, weights with gradients and optimizer state, activations, logits."""
     groups = model.parameter_groups(muon=config.optimizer == "muon")
     element = 4 if dtype == torch.float32 else 2
-    each = (
-        4 + 4 + 4 * bool(config.ema_decay) + (element if element < 4 else 0)
-    )  # weights, gradients, running mean, copies in half precision
+    each = 4 + 4 + 4 * bool(config.ema_decay) + (element if element < 4 else 0)  # weight, gradient, running mean, copy in half precision
     states = (each + 4) * sum(p.numel() for p in groups["muon"]) + (each + 8) * sum(p.numel() for p in groups["decay"] + groups["no_decay"])
     shape, tokens = model.config, micro_batch * model.config.block_size
     of_width, of_mlp = ACTIVATIONS["gpt2" if compiled else shape.arch, element]
@@ -82,8 +70,7 @@ def fitting_batch(model_config: GPTConfig, config: TrainConfig, machine: Machine
         model = GPT(model_config)
     together = processes if machine.kind == "cpu" else 1
     free = available_memory(machine.device)
-    _, configured = passes_of_step(config, processes)
-    size = configured
+    _, size = passes_of_step(config, processes)
     while True:
         need = memory_estimate(model, config, machine.dtype, size, machine.kind, machine.compile)
         if free is None or need * together <= free:
