@@ -108,32 +108,91 @@ def test_every_script_has_commands_to_paste_and_help(script):
         assert doc.splitlines()[0][:30] in " ".join(out.split())
 
 
-def test_the_readme_and_ci_run_the_same_test_command():
-    command = "pip install -r tests/requirements.txt && python -m pytest -q"
-    assert command in (ROOT / "README.md").read_text() and command in (ROOT / ".ci" / "run").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+ALIASES = {"model_path": "checkpoint", "max_length": "max_new_tokens"}
+OF_OTHER_PROGRAMS = {"index-url", "nproc_per_node", "check"}  # pip, torchrun, ruff
+LARGEST_README = 10_240  # bytes
 
 
-def readme_commands() -> list[list[str]]:
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+def page_name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def flags_of(script: str) -> set[str]:
+    """The flags of a script, with their aliases and, as booleans have it, with `no_`."""
+    names = utils.flag_types(importlib.import_module(script).Arguments).keys()
+    return names | {f"no_{name}" for name in names} | {alias for alias, name in ALIASES.items() if name in names}
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The commands with our scripts in a page's bash blocks, as words after `python`."""
+    blocks = re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
     parts = [part for block in blocks for line in block.splitlines() for part in re.split(r"&&|\|", line)]
     words = [shlex.split(part, comments=True) for part in parts]
     return [line[1:] for line in words if len(line) > 1 and line[0] == "python" and line[1].endswith(".py")]
 
 
-def test_every_flag_of_the_readme_exists():
-    """Each command of the README, read as its script reads it, without running it."""
-    commands = readme_commands()
-    assert len(commands) > 20 and {name.removesuffix(".py") for name, *_ in commands} == SCRIPTS
-    for name, *arguments in commands:
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives a page's headings."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def links(page: Path) -> list[tuple[Path, str]]:
+    """Where a page's relative links and pictures lead: (file, anchor or "")."""
+    targets = re.findall(r"\]\(([^()\s]+)\)", page.read_text(encoding="utf-8"))
+    parts = [target.partition("#") for target in targets if "://" not in target]
+    return [((page.parent / path).resolve() if path else page, anchor) for path, _, anchor in parts]
+
+
+def test_the_readme_and_ci_run_the_same_test_command():
+    command = "pip install -r tests/requirements.txt && python -m pytest -q"
+    assert command in (ROOT / "README.md").read_text() and command in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_bytes()) <= LARGEST_README
+
+
+def test_the_docs_show_commands_of_every_script():
+    names = {name.removesuffix(".py") for page in PAGES for name, *_ in commands(page)}
+    assert sum(len(commands(page)) for page in PAGES) > 50 and names == SCRIPTS
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_every_command_of_the_docs_is_accepted(page):
+    """Each command, read as its script reads it, without running it."""
+    for name, *arguments in commands(page):
         module = importlib.import_module(name.removesuffix(".py"))
         if name == "train.py":
-            module.read_arguments(arguments)
+            module.read_arguments(arguments, None)
         else:
-            utils.read_command_line(module.Arguments, arguments, None, {"model_path": "checkpoint", "max_length": "max_new_tokens"})
+            utils.read_command_line(module.Arguments, arguments, None, ALIASES)
 
 
-def test_the_readme_names_every_file():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert not [path.name for path in SOURCES if path.name != "__init__.py" and path.name not in text]
-    for target in re.findall(r"\]\(([^)#:]+)\)", text):
-        assert (ROOT / target).exists(), target
+def test_every_flag_that_the_docs_mention_exists():
+    known = OF_OTHER_PROGRAMS.union(*map(flags_of, SCRIPTS), ["help"])
+    for page in PAGES:
+        mentioned = set(re.findall(r"(?<![\w-])--(\w[\w-]*)", page.read_text(encoding="utf-8")))
+        unknown = [name for name in mentioned - known if name not in ("max_", "hello")]  # `--max_*`, `--prompt=--hello`
+        assert not unknown, f"{page_name(page)} mentions flags that no script has: {unknown}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_every_link_of_the_docs_leads_somewhere(page):
+    for path, anchor in links(page):
+        assert path.exists(), f"{page_name(page)} links to {path}, which is not there"
+        assert not anchor or anchor in anchors(path), f"{page_name(page)} links to {path.name}#{anchor}, which is no heading there"
+
+
+def test_the_readme_links_every_page_of_the_docs():
+    linked = {path for path, _ in links(ROOT / "README.md")}
+    assert not [page_name(page) for page in PAGES[1:] if page not in linked]
+
+
+def test_docs_house_names_every_file():
+    """The table of rooms in docs/house.md: nothing missing, nothing that is gone."""
+    named = set(re.findall(r"`(\w+\.py)`", (ROOT / "docs" / "house.md").read_text(encoding="utf-8")))
+    there = {path.name for path in SOURCES if path.name != "__init__.py"}
+    assert (there - named, named - there) == (set(), set()), "(missing in docs/house.md, named there but gone)"
