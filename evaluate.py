@@ -113,11 +113,7 @@ def evaluate_directory(args: Arguments, model: GPT, tokenizer: TextTokenizer, na
     Raises ValueError if the directory was prepared with another tokenizer or has none of the splits.
     """
     data = DataDirectory(name)
-    if not data.tokenizer.same_ids(tokenizer):
-        raise ValueError(
-            f"{name} was prepared with another tokenizer than the model's; prepare the text again with --tokenizer PATH, "
-            "where PATH is the tokenizer.json of the model's data directory, or give it to --text"
-        )
+    data.check_tokenizer(tokenizer, "the model", "RUN (a run directory holds its tokenizer.json), or give the text to --text")
     asked = tuple(dict.fromkeys(args.split))
     there = [split for split in asked if split in data.splits]
     if not there:

@@ -115,18 +115,17 @@ class Checked:
     def __post_init__(self):
         from pydantic import ValidationError
 
-        found: dict[str, str] = {}
-        kinds: list[str] = []
+        wanted: dict[str, list[str]] = {}
+        comparable = True
         try:
             _validator(type(self)).validate_python(vars(self))
         except ValidationError as error:
             for problem in error.errors(include_url=False):
-                what, wanted = f"{problem['loc'][0]}={problem['input']!r}", problem["msg"].removeprefix("Input should be ")
-                found[what] = f"{found[what]} or {wanted}" if what in found else f"must be {wanted}"
-                kinds.append(problem["type"])
-        problems = [f"{what} {wanted}" for what, wanted in found.items()]
-        if not any(kind.endswith("_type") for kind in kinds):  # else fields can't be compared
-            problems += self.problems()
+                comparable &= not problem["type"].endswith("_type")
+                phrase = problem["msg"].removeprefix("Input should be ").replace("greater than or equal to", "at least")
+                wanted.setdefault(f"{problem['loc'][0]}={problem['input']!r}", []).append(phrase)
+        problems = [f"{what} must be {' or '.join(phrases)}" for what, phrases in wanted.items()]
+        problems += self.problems() if comparable else []
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -202,8 +201,9 @@ def parse_flags(kind: type, words: list[str], doc: str | None, default=None):
     except SystemExit as stop:
         if not stop.code:
             raise
-        text = " ".join(re.sub(r"╭─.*?╮|[│╰╯]|─+|-{5,}", " ", captured.getvalue()).split())  # tyro draws a box around its sentence
-        text = re.split(r"Argument helptext:|For full helptext", re.sub(r"^(Value error )?Error parsing (?!--)\w+: ", "", text))[0].strip()
+        boxed = captured.getvalue().partition("\n")[2]  # tyro draws a box with a title around its sentence
+        text = " ".join(re.sub(r"[│╰╯]|─+|-{5,}", " ", boxed).split())
+        text = re.split(r"Argument helptext:|For full helptext", re.sub(r"^Error parsing (?!--)\w+: ", "", text))[0].strip()
         raise ValueError(text.removesuffix(".") + ". See --help.") from None
 
 
@@ -314,12 +314,8 @@ def choose_device(requested: str) -> str:
     if requested == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     kind, _, index = requested.partition(":")
-    there = {
-        "cpu": index in ("", "0"),
-        "cuda": torch.cuda.is_available() and (not index or (index.isdecimal() and int(index) < torch.cuda.device_count())),
-        "mps": torch.backends.mps.is_available() and index in ("", "0"),
-    }
-    if not there.get(kind):
+    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if not (index or "0").isdecimal() or int(index or "0") >= there.get(kind, 0):
         raise ValueError(f"device={requested!r} is not available here; pass --device cpu, or auto to let the machine decide")
     if kind == "cuda" and index:
         torch.cuda.set_device(int(index))

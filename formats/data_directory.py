@@ -225,6 +225,14 @@ class DataDirectory:
             return None
         return json.loads(path.read_text()).get(split)
 
+    def check_tokenizer(self, tokenizer: TextTokenizer, owner: str, path: str | Path, flag: str = "") -> None:
+        """Raise ValueError unless the directory's ids are those of this tokenizer, which `owner` has and which lies at `path`."""
+        if not self.tokenizer.same_ids(tokenizer):
+            raise ValueError(
+                f"{flag}{self.name} was prepared with another tokenizer than {owner}; prepare it again with "
+                f"prepare_data.py --tokenizer {path}"
+            )
+
     def fingerprint(self) -> dict:
         """What identifies the data a model was trained on: tokens and SHA-256 per split, or sizes where there is no meta.json."""
         if self.meta:

@@ -33,7 +33,7 @@ def test_the_better_run_comes_first(trained_run, worse_run, sample_dir, script, 
 
 def test_the_figures_are_those_of_evaluate(trained_run, sample_dir):
     from evaluate import Arguments
-    from formats.checkpoint import load_model
+    from formats.run_directory import load_model
 
     texts = read_documents(str(sample_dir), "test", None)
     bits = document_bits(str(trained_run), texts, "cpu", 8)
@@ -62,7 +62,7 @@ def test_standard_error_against_a_simulation():
     [
         (["a"], "two or more runs"),
         (["a", "a"], "named twice"),
-        (["a", "b", "--split", "x"], "split='x'"),
+        (["a", "b", "--split", "x"], "choice 'x'"),
         (["a", "b"], "no data directory"),
     ],
 )

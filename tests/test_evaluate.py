@@ -66,7 +66,7 @@ def test_training_and_evaluation_measure_the_same(trained_run, sample_dir, scrip
     data = DataDirectory(sample_dir)
     prefix = split_prefix(data, "val", 2000)
     assert 1500 < len(prefix.tokens) <= 2000 and prefix.tokens[-1] == data.tokenizer.eot_id
-    from formats.checkpoint import load_model
+    from formats.run_directory import load_model
 
     model, tokenizer, _, content = load_model(str(trained_run))
     assert content["step"] == logged["step"]

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from utils import Machine
+
 import numpy as np
 import pytest
 import torch
@@ -145,7 +147,8 @@ def test_code_in_files_is_not_run(tmp_path, sample_dir, trained_run, mistake):
         (data / place).write_bytes(pickle.dumps(code))
         assert place in mistake("train.py", *tiny(data_dir=data, max_steps=1, out_dir=tmp_path / "run"), cwd=tmp_path)
     shutil.copytree(sample_dir, tmp_path / "nanogpt")  # its meta.pkl is not even looked at
-    (tmp_path / "nanogpt" / "meta.json").unlink()
+    for name in ("meta.json", "tokenizer.json"):
+        (tmp_path / "nanogpt" / name).unlink()
     (tmp_path / "nanogpt" / "meta.pkl").write_bytes(pickle.dumps(code))
     assert "--tokenizer" in mistake("train.py", "--data_dir", tmp_path / "nanogpt", cwd=tmp_path)
     run = tmp_path / "resumed"
@@ -206,17 +209,19 @@ train.main()
     assert process.returncode == 143
 
 
-def test_too_little_memory_is_refused_with_a_batch_that_fits(tmp_path, sample_dir, mistake, monkeypatch):
+def test_too_little_memory_shrinks_the_batch_to_the_largest_that_fits(tmp_path, sample_dir, mistake, monkeypatch):
+    """At the same effective batch; refused only if a single window doesn't fit."""
     monkeypatch.setattr("training.estimates.available_memory", lambda device: 0.7e9)
+    config = TrainConfig(batch_size=512, gradient_accumulation_steps=2, optimizer="muon")
+    shape, machine = GPTConfig.nano(n_layer=2, n_embd=256, vocab_size=512, block_size=128), Machine.choose("cpu", "float32", False, 0)
+    need, batch = estimates.fitting_batch(shape, config, machine, 1)
+    assert need <= 0.7e9 and 1 <= batch < 512 and 1024 % batch == 0
+    for larger in (b for b in range(batch + 1, 513) if 1024 % b == 0):
+        assert estimates.memory_estimate(GPT(shape), config, torch.float32, larger, "cpu", False) > 0.7e9
+    monkeypatch.setattr("training.estimates.available_memory", lambda device: 0.1e9)
     large = tiny(data_dir=sample_dir, batch_size=512, gradient_accumulation_steps=2, n_embd=256, block_size=128, out_dir=tmp_path / "run")
     message = mistake("train.py", *large, cwd=tmp_path)
-    batch, accumulation = (int(message.split(flag)[1].split()[0].rstrip(",")) for flag in ("--batch_size", "--gradient_accumulation_steps"))
-    assert batch * accumulation == 1024 and 1 <= batch < 512 and "GB are free" in message
-    for larger in (b for b in range(batch + 1, 512) if 1024 % b == 0):
-        model, config = GPT(GPTConfig.nano(n_layer=2, n_embd=256, vocab_size=512, block_size=128)), TrainConfig()
-        assert estimates.memory_estimate(model, config, torch.float32, larger, "cpu", False) > 0.7e9
-    monkeypatch.setattr("training.estimates.available_memory", lambda device: 0.1e9)
-    assert "smaller model" in mistake("train.py", *large, cwd=tmp_path)
+    assert "smaller model" in message and "one window at a time" in message and "GB are free" in message
     assert not (tmp_path / "run").exists()
 
 

@@ -480,7 +480,7 @@ def test_compile(tmp_path, sample_dir, script):
         (["--export", "word"], "unknown format word"),
         (["--device", "cuda:7"], "device='cuda:7' is not available"),
         (["--data_dir", "data:0.5", "./data"], "named twice"),
-        (["--batch_size", "0"], "batch_size=0 must be greater than or equal to 1"),
+        (["--batch_size", "0"], "batch_size=0 must be at least 1"),
         (["--learnig_rate", "1"], "--learning_rate"),
         (["--tokenizer", "bpe"], "give the path of their tokenizer.json"),
     ],

@@ -74,8 +74,7 @@ class TrainingData:
         if len({directory.path.resolve() for directory in directories}) < len(directories):
             raise ValueError("a data directory is named twice; name each once, with a weight if one should count for more")
         for other in directories[1:]:
-            if other.tokenizer.sha256 != first.tokenizer.sha256:
-                raise ValueError(f"{first.name} and {other.name} have different tokenizers; prepare both with the same --tokenizer PATH")
+            other.check_tokenizer(first.tokenizer, first.name, first.name)
         given = [weight is not None for weight in weights]
         if any(given) and not all(given):
             raise ValueError("give a weight to every data directory or to none, e.g. --data_dir a:0.7 b:0.3")

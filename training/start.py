@@ -209,17 +209,6 @@ def weights_for(source: dict, shape: GPTConfig) -> dict[str, Tensor]:
     return {name: weight[: shape.block_size] if name == "wpe.weight" else weight for name, weight in source["model"].items()}
 
 
-def check_tokenizer(source: dict, data: DataDirectory) -> None:
-    """Raise ValueError unless the data was prepared with the source's tokenizer: its ids would mean nothing to the model."""
-    name = source["origin"]["name"]
-    if not TextTokenizer(source["tokenizer"], name).same_ids(data.tokenizer):
-        kind = name if name == "gpt2" else Path(name).parent if name.endswith(".pt") else name
-        raise ValueError(
-            f"{data.name} was prepared with another tokenizer than {name}'s; prepare it again with "
-            f"prepare_data.py --tokenizer {kind} (a run directory holds its tokenizer.json), or use --dataset FILE"
-        )
-
-
 # ---------------------------------------------------------------- all of it
 
 
@@ -286,14 +275,19 @@ def make_start(
     weights: list[Fraction | None],
 ) -> Start:
     """Put together what was read, and resolve the configuration. Raises ValueError, FileNotFoundError for what can't be done."""
-    if source is not None:
-        check_tokenizer(source, directories[0])
+    if source is not None:  # else the data's ids would mean nothing to the model
+        name = source["origin"]["name"]
+        folder = Path(name).parent if name.endswith(".pt") else name
+        directories[0].check_tokenizer(TextTokenizer(source["tokenizer"], name), name, folder)
     model_config, config = resolve(args, asked, directories[0].tokenizer, resumed and resumed[1], source)
     data = TrainingData(directories, weights, model_config.block_size, config.seed)
     config = fix_length(config, "warmup_steps" in asked or resumed is not None, data)
     if resumed is not None:
         check_resumed(resumed, args.init_from, data)
-    also = open_also(args.also_eval, directories[0])
+    first = directories[0]
+    also = [DataDirectory(name, first.tokenizer) for name in args.also_eval]
+    for directory in also:
+        directory.check_tokenizer(first.tokenizer, first.name, first.name, "--also_eval ")
     return Start(run_directory(args), model_config, config, directories, also, data, resumed, source)
 
 
@@ -317,14 +311,3 @@ def check_resumed(resumed: tuple[Path, dict], init_from: str | None, data: Train
         raise ValueError(f"{path} was trained on other data; give its --data_dir {before or 'DIR'}, or another --out_dir")
     if init_from is not None and (content.get("init_from") or {}).get("name") != init_from:
         raise ValueError(f"{path} did not start from {init_from}; leave --init_from out, or choose another --out_dir")
-
-
-def open_also(names: tuple[str, ...], first: DataDirectory) -> list[DataDirectory]:
-    """The directories of --also_eval. Raises ValueError for one with another tokenizer."""
-    also = [DataDirectory(name, first.tokenizer) for name in names]
-    for directory in also:
-        if not directory.tokenizer.same_ids(first.tokenizer):
-            raise ValueError(
-                f"--also_eval {directory.name} has another tokenizer than {first.name}; prepare it with --tokenizer {first.name}"
-            )
-    return also

@@ -14,6 +14,7 @@ from config import TrainConfig
 from evaluation.measures import score_tokens, summarize, text_bytes, why_no_bits_per_byte
 from formats.data_directory import DataDirectory
 from formats.tokenizer import TextTokenizer
+from generation.streaming import continue_text, encode_prompt
 from models import GPT
 from training.learner import Learner
 
@@ -54,13 +55,9 @@ def split_prefix(data: DataDirectory, split: str, limit: int) -> Prefix:
 def sample_text(model: GPT, tokenizer: TextTokenizer, config: TrainConfig, step: int) -> str:
     """A text that the model writes now, with random numbers of its own: the training never notices."""
     generator = torch.Generator().manual_seed(derived_seed(config.seed, step, -1, 0))
-    ids = [tokenizer.eot_id, *tokenizer.encode(config.sample_prompt)]
-    tokens = []
-    for token in model.stream(torch.tensor([ids], device=model.device), config.sample_tokens, generator=generator, temperature=0.8):
-        if token.item() == tokenizer.eot_id:
-            break
-        tokens.append(token.item())
-    return tokenizer.decode(ids[1:] + tokens)
+    prompt = encode_prompt(tokenizer, config.sample_prompt, model.config.block_size)
+    pieces = continue_text(model, tokenizer, prompt, config.sample_tokens, generator=generator, temperature=0.8)
+    return config.sample_prompt + "".join(pieces)
 
 
 class Validation:
