@@ -67,7 +67,7 @@ def find_checkpoint(name: str) -> Path:
 
     Raises FileNotFoundError that lists what there is.
     """
-    for path in (Path(name), HOME / name):
+    for path in (Path(name), HOME if name == BEST else HOME / name):
         if path.is_file():
             return path
         if path.is_dir():
@@ -76,8 +76,6 @@ def find_checkpoint(name: str) -> Path:
             found = newest_model(path) or next(iter(step_checkpoints(path)), None)
             if found is not None:
                 return found
-    if name == BEST and (found := newest_model(HOME)) is not None:
-        return found
     there = sorted(map(str, HOME.rglob(BEST)))
     raise FileNotFoundError(
         f"no checkpoint at {name}; " + (f"there is {', '.join(there)}" if there else "train a model first: python train.py")

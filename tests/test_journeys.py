@@ -131,7 +131,8 @@ def test_a_directory_of_nanogpt_with_large_ids(tmp_path, sample_dir, capsys, mon
 
 def test_too_little_memory_for_the_batch(tmp_path, sample_dir, capsys, monkeypatch, mistake):
     """The micro-batch shrinks by itself; the training is that of the whole batch, and can be resumed with more memory."""
-    arguments = [*SMALL, "--block_size", "128", "--n_embd", "64", "--data_dir", str(sample_dir), "--max_steps", "3", "--log_interval", "1"]
+    small = ["--n_layer", "1", "--n_head", "2", "--n_embd", "64", "--block_size", "128", "--device", "cpu", "--dtype", "float32"]
+    arguments = [*small, "--data_dir", str(sample_dir), "--max_steps", "3", "--log_interval", "1"]
     assert train.main([*arguments, "--out_dir", str(tmp_path / "enough")]) == 0
     whole = capsys.readouterr()
     assert "windows at a time" not in whole.err
