@@ -14,16 +14,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated
 
-from utils import Checked, Count, NonNegative, Seed, choose_device, notice, read_command_line, run_script
+from utils import Checked, Count, NonNegative, Seed, choose_device, derived_seed, notice, read_command_line, run_script
 
+import torch
 from annotated_types import Gt, Le
 
 from formats.run_directory import load_model
-from formats.tokenizer import TextTokenizer
-from generation.streaming import continue_text, encode_prompt, sample_generator
-from models import GPT
+from generation.streaming import continue_text, encode_prompt
 
-ALIASES = {"model_path": "checkpoint", "max_length": "max_new_tokens"}
 Share = Annotated[float, Gt(0), Le(1)]
 
 
@@ -77,14 +75,22 @@ def read_prompts(interactive: bool) -> Iterator[str]:
             return
 
 
-def print_texts(model: GPT, tokenizer: TextTokenizer, prompts: Iterator[str], args: Arguments, seed: int, interactive: bool) -> None:
-    """Print args.num_samples texts for each prompt, piece by piece."""
+def main(argv: list[str] | None = None) -> int:
+    args = read_command_line(Arguments, argv, __doc__, {"model_path": "checkpoint", "max_length": "max_new_tokens"})
+    model, tokenizer, path, content = load_model(args.checkpoint, choose_device(args.device))
+    seed = args.seed if args.seed is not None else secrets.randbelow(2**31)
+    notice(f"{path}, step {content['step']}" + (f", seed {seed}" if args.seed is None and args.temperature > 0 else ""))
+    if args.temperature == 0 and (args.top_k or args.top_p or args.min_p or args.num_samples > 1):
+        notice("at temperature 0 the text is always the same: --top_k, --top_p, --min_p and --num_samples have no effect on it")
+    interactive = args.interactive or (args.prompt is None and sys.stdin.isatty())
+    prompts = [args.prompt] if args.prompt is not None else []
+    more = read_prompts(interactive) if interactive or args.prompt is None else ()
     sampling = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "min_p")}
     numbers = itertools.count()
-    for prompt in prompts:
+    for prompt in itertools.chain(prompts, more):
         ids = encode_prompt(tokenizer, prompt, model.config.block_size)
         for number in range(args.num_samples):
-            generator = sample_generator(seed, next(numbers))
+            generator = torch.Generator().manual_seed(derived_seed(seed, next(numbers)))
             if args.num_samples > 1:
                 print(f"--- {number + 1} of {args.num_samples}")
             print(prompt, end="", flush=True)
@@ -95,19 +101,6 @@ def print_texts(model: GPT, tokenizer: TextTokenizer, prompts: Iterator[str], ar
                 if not interactive:
                     raise
             print(flush=True)
-
-
-def main(argv: list[str] | None = None) -> int:
-    args = read_command_line(Arguments, argv, __doc__, ALIASES)
-    model, tokenizer, path, content = load_model(args.checkpoint, choose_device(args.device))
-    seed = args.seed if args.seed is not None else secrets.randbelow(2**31)
-    notice(f"{path}, step {content['step']}" + (f", seed {seed}" if args.seed is None and args.temperature > 0 else ""))
-    if args.temperature == 0 and (args.top_k or args.top_p or args.min_p or args.num_samples > 1):
-        notice("at temperature 0 the text is always the same: --top_k, --top_p, --min_p and --num_samples have no effect on it")
-    interactive = args.interactive or (args.prompt is None and sys.stdin.isatty())
-    prompts = [args.prompt] if args.prompt is not None else []
-    more = read_prompts(interactive) if interactive or args.prompt is None else ()
-    print_texts(model, tokenizer, itertools.chain(prompts, more), args, seed, interactive)
     return 0
 
 
