@@ -45,8 +45,7 @@ class Arguments(Checked):
 
 def check_formats(formats: Iterable[str]) -> None:
     """Raises ValueError for a name that is no format; train.py asks before it trains."""
-    unknown = [name for name in formats if name not in FORMATS]
-    if unknown:
+    if unknown := [name for name in formats if name not in FORMATS]:
         raise ValueError(f"unknown format {', '.join(unknown)}; take {', '.join(FORMATS)}")
 
 

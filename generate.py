@@ -67,12 +67,10 @@ def read_prompts(interactive: bool) -> Iterator[str]:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - gives input() a history and editing
     notice("Type the beginning of a text and press Enter; an empty line starts a text from nothing. Ctrl-C stops a text, Ctrl-D ends.")
-    while True:
-        try:
+    with contextlib.suppress(EOFError):
+        while True:
             yield input("> ")
-        except EOFError:
-            print()
-            return
+    print()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -85,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     interactive = args.interactive or (args.prompt is None and sys.stdin.isatty())
     prompts = [args.prompt] if args.prompt is not None else []
     more = read_prompts(interactive) if interactive or args.prompt is None else ()
-    sampling = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+    options = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")}
     numbers = itertools.count()
     for prompt in itertools.chain(prompts, more):
         ids = encode_prompt(tokenizer, prompt, model.config.block_size)
@@ -95,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"--- {number + 1} of {args.num_samples}")
             print(prompt, end="", flush=True)
             try:
-                for piece in continue_text(model, tokenizer, ids, args.max_new_tokens, args.stop, generator=generator, **sampling):
+                for piece in continue_text(model, tokenizer, ids, args.stop, generator=generator, **options):
                     print(piece, end="", flush=True)
             except KeyboardInterrupt:
                 if not interactive:

@@ -13,8 +13,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from utils import Machine
 
@@ -45,8 +45,7 @@ def child_process(command: list[str], cwd: Path, **options) -> Iterator[subproce
         raise
 
 
-@dataclass(frozen=True)
-class Finished:
+class Finished(NamedTuple):
     """A process that has ended. peak: its largest resident memory in bytes. seconds: from its start to its end."""
 
     output: str

@@ -62,17 +62,15 @@ def map_way(path: str, tokenizer: str) -> float:
 
 
 PEERS = {"bare tiktoken loop": bare_loop, "datasets.map, 2 processes": map_way}
+REPORTED = "prepare_data.py with report"
 
 
-def prepare_command(corpus: str, tokenizer: str, report: bool) -> list[str]:
-    return our_script("prepare_data.py", {"input": corpus, "tokenizer": tokenizer, "output": "prepared", "report": report})
-
-
-def ways_with(tokenizer: str) -> dict[str, list[str]]:
-    """Each way to prepare corpus.txt with one tokenizer and its command, the peers first."""
-    peers = {name: [sys.executable, "-m", "benchmarks.preparation", name, "corpus.txt", tokenizer] for name in PEERS}
-    ours = {"prepare_data.py": False, "prepare_data.py with report": True}
-    return peers | {name: prepare_command("corpus.txt", tokenizer, report) for name, report in ours.items()}
+def ways_with(tokenizer: str, corpus: str = "corpus.txt") -> dict[str, list[str]]:
+    """Each way to prepare a corpus with one tokenizer, and its command; the peers first."""
+    peers = {name: [sys.executable, "-m", "benchmarks.preparation", name, corpus, tokenizer] for name in PEERS}
+    values = {"input": corpus, "tokenizer": tokenizer, "output": "prepared"}
+    ours = {"prepare_data.py": False, REPORTED: True}
+    return peers | {name: our_script("prepare_data.py", values | {"report": report}) for name, report in ours.items()}
 
 
 def write_corpus(texts: list[str], megabytes: int, path: Path) -> None:
@@ -85,27 +83,23 @@ def write_corpus(texts: list[str], megabytes: int, path: Path) -> None:
                 return
 
 
-def available_tokenizers(cwd: Path) -> dict[str, str]:
-    """Name for people -> --tokenizer: a BPE trained on the corpus, and GPT-2's where its files can be had."""
-    run(our_script("tokenizer_train.py", {"input": "corpus.txt", "train_bytes": 10**7, "output": "bpe.json"}), cwd)
-    tokenizers = {"bpe of 4,096": "bpe.json"}
-    try:
-        gpt2_tokenizer()
-    except ValueError as error:
-        notice(f"without gpt2: {error}")
-        return tokenizers
-    return {"gpt2": "gpt2"} | tokenizers
-
-
 def measure(rounds: int, file: str | None, megabytes: int, large_megabytes: int | None, cwd: Path) -> None:
     """Prepare a corpus made of the file's documents, or of the sample corpus, in each way in turn; print medians and memory."""
     if file is not None:
         texts = [text for text in documents(file) if text.strip()]
     else:
         texts = [text for text, _ in sample_corpus.stories(sample_corpus.load_grammar(), 1337, "train", 10_000)]
-    write_corpus(texts, megabytes, cwd / "corpus.txt")
+    corpora = {"corpus.txt": megabytes} | ({"large.txt": large_megabytes} if large_megabytes else {})
+    for corpus, n in corpora.items():
+        write_corpus(texts, n, cwd / corpus)
     size = (cwd / "corpus.txt").stat().st_size / 1e6
-    tokenizers = available_tokenizers(cwd)
+    run(our_script("tokenizer_train.py", {"input": "corpus.txt", "train_bytes": 10**7, "output": "bpe.json"}), cwd)
+    tokenizers = {"gpt2": "gpt2", "bpe of 4,096": "bpe.json"}
+    try:
+        gpt2_tokenizer()
+    except ValueError as error:
+        notice(f"without gpt2: {error}")
+        del tokenizers["gpt2"]
     seconds = {name: {way: [] for way in ways_with(tokenizer)} for name, tokenizer in tokenizers.items()}
     for i in range(rounds):
         for name, tokenizer in tokenizers.items():
@@ -120,12 +114,8 @@ def measure(rounds: int, file: str | None, megabytes: int, large_megabytes: int 
             faster = {} if way in PEERS else {peer: [theirs / mine for theirs, mine in zip(ways[peer], times)] for peer in PEERS}
             ratios = "".join(f"; {spread(ratio)} x {peer.split(',')[0]}" for peer, ratio in faster.items())
             print(f"{name:13} {way:27} {spread([size / t for t in times])} MB/s{ratios}")
-    corpora = {"corpus.txt": megabytes}
-    if large_megabytes is not None:
-        write_corpus(texts, large_megabytes, cwd / "large.txt")
-        corpora["large.txt"] = large_megabytes
     for name, tokenizer in tokenizers.items():
-        peaks = {n: peak_memory(prepare_command(corpus, tokenizer, True), cwd) / 1e6 for corpus, n in corpora.items()}
+        peaks = {n: peak_memory(ways_with(tokenizer, corpus)[REPORTED], cwd) / 1e6 for corpus, n in corpora.items()}
         memory = ", ".join(f"{n} MB of text {peak:.0f} MB" for n, peak in peaks.items())
         print(f"{name:13} peak memory of all processes: {memory}")
 

@@ -4,6 +4,8 @@ from pathlib import Path
 
 from utils import write_json, write_text
 
+from safetensors.torch import save_file
+
 from export.verify import LoadedModel
 from formats.huggingface import hf_config, to_hf
 from formats.tokenizer import EOT, PADDING, UNKNOWN, TextTokenizer
@@ -12,8 +14,6 @@ from models import GPT
 
 def write_hf(model: GPT, tokenizer: TextTokenizer, path: Path) -> LoadedModel:
     """Configuration, tokenizer and safetensors. Raises ValueError where transformers isn't installed to read them back."""
-    from safetensors.torch import save_file
-
     try:
         import transformers
     except ModuleNotFoundError:

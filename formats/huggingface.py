@@ -9,11 +9,13 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from config import GPTConfig
 
-# our field -> its name in the reference's config.json
+# our field -> its name in the reference's config.json; vocab_size is called so everywhere
 SHAPES = {
     "gpt2": {"block_size": "n_positions", "n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd", "n_hidden": "n_inner"},
     "qwen3": {
@@ -25,8 +27,7 @@ SHAPES = {
         "n_hidden": "intermediate_size",
     },
 }
-OPTIONAL = ("n_inner", "num_key_value_heads")
-# what ours always is; transformers takes the same where config.json doesn't say, but for the tie of qwen3
+# what ours always is, and what a config.json that doesn't say means too; except that a Qwen3 is then not tied
 FIXED = {
     "gpt2": {"tie_word_embeddings": True, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5},
     "qwen3": {"tie_word_embeddings": True, "hidden_act": "silu", "rms_norm_eps": 1e-6, "attention_bias": False},
@@ -51,15 +52,11 @@ def is_folder(path: Path) -> bool:
 
 def load_folder(path: Path) -> dict:
     """A folder of transformers (GPT-2 or Qwen3) as the content of a checkpoint. Raises ValueError where ours can't be the same model."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
         config = config_from_hf(json.loads((path / "config.json").read_text(encoding="utf-8")))
         index = path / "model.safetensors.index.json"
         names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["model.safetensors"]
-        outside = [name for name in names if Path(name).name != name]
-        if outside:
+        if outside := [name for name in names if Path(name).name != name]:
             raise ValueError(f"it names {outside[0]!r}, a file outside of the folder")
         weights = {key: weight for name in names for key, weight in load_file(path / name).items()}
         tokenizer = (path / "tokenizer.json").read_bytes().decode()
@@ -69,20 +66,18 @@ def load_folder(path: Path) -> dict:
         raise ValueError(f"{path} has no {name}; an HF folder needs config.json, safetensors and tokenizer.json") from None
     except (ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
         raise ValueError(f"{path} can't be read as an HF folder: {' '.join(str(error).split())[:200]}") from None
-    shape = dataclasses.asdict(config)
-    return {"model_config": shape, "train_config": {}, "tokenizer": tokenizer, "data": [], "step": 0, "model": model}
+    return {"model_config": dataclasses.asdict(config), "train_config": {}, "tokenizer": tokenizer, "data": [], "step": 0, "model": model}
 
 
 def hf_config(config: GPTConfig, eot_id: int) -> dict:
     """config.json of the reference. It spells out what transformers would otherwise default to, which is wrong for small models."""
     ours = dataclasses.asdict(config) | {"n_hidden": config.mlp_width, "n_kv_head": config.kv_heads}
-    values = {"vocab_size": config.vocab_size, "bos_token_id": eot_id, "eos_token_id": eot_id, "dtype": "float32"}
-    values |= FIXED[config.arch] | {theirs: ours[name] for name, theirs in SHAPES[config.arch].items()}
+    hf = {"model_type": config.arch, "vocab_size": config.vocab_size, "bos_token_id": eot_id, "eos_token_id": eot_id, "dtype": "float32"}
+    hf |= FIXED[config.arch] | {theirs: ours[name] for name, theirs in SHAPES[config.arch].items()}
     if config.arch == "gpt2":
-        values |= {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_ctx": config.block_size}
-        return values | dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), config.dropout)
-    return values | {
-        "model_type": "qwen3",
+        hf |= dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), config.dropout)
+        return hf | {"architectures": ["GPT2LMHeadModel"], "n_ctx": config.block_size}
+    return hf | {
         "architectures": ["Qwen3ForCausalLM"],
         "head_dim": config.head_dim,
         "attention_dropout": config.dropout,
@@ -97,8 +92,7 @@ def config_from_hf(values: dict) -> GPTConfig:
     if kind not in ("gpt2", "qwen3"):
         raise ValueError(f"its model_type is {kind!r}; only gpt2 and qwen3 can be read")
     names = SHAPES[kind] | {"vocab_size": "vocab_size"}
-    missing = [theirs for theirs in names.values() if theirs not in values and theirs not in OPTIONAL]
-    if missing:
+    if missing := [theirs for theirs in names.values() if theirs not in (*values, "n_inner", "num_key_value_heads")]:
         raise ValueError(f"its config.json has no {missing[0]!r}")
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     theta = rope.get("rope_theta", values.get("rope_theta")) if kind == "qwen3" else None

@@ -38,8 +38,7 @@ def until_stop(pieces: Iterable[str], stops: tuple[str, ...]) -> Iterator[str]:
     held = ""
     for piece in pieces:
         held += piece
-        found = [held.index(stop) for stop in stops if stop in held]
-        if found:
+        if found := [held.index(stop) for stop in stops if stop in held]:
             yield held[: min(found)]
             return
         keep = max((n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n])), default=0)
@@ -48,13 +47,8 @@ def until_stop(pieces: Iterable[str], stops: tuple[str, ...]) -> Iterator[str]:
     yield held
 
 
-def continue_text(
-    model: GPT, tokenizer: TextTokenizer, prompt: Tensor, max_new_tokens: int, stops: tuple[str, ...] = (), **sampling
-) -> Iterator[str]:
-    """Pieces of the text that follows a prompt (1, T), until its EOT, a stop text, or max_new_tokens.
-
-    sampling: generator, temperature and the other options of models.sample_token.
-    """
-    tokens = (token.item() for token in model.stream(prompt.to(model.device), max_new_tokens, **sampling))
+def continue_text(model: GPT, tokenizer: TextTokenizer, prompt: Tensor, stops: tuple[str, ...], **options) -> Iterator[str]:
+    """Pieces of the text that follows a prompt (1, T), until its EOT, a stop text or max_new_tokens; options as in GPT.stream."""
+    tokens = (token.item() for token in model.stream(prompt.to(model.device), **options))
     ids = itertools.takewhile(lambda token: token != tokenizer.eot_id, tokens)
     return until_stop(decode_stream(tokenizer, ids), stops)
