@@ -24,8 +24,6 @@ from annotated_types import Ge
 from benchmarks import preparation, quality, training
 from benchmarks.harness import workplace
 
-PEERS = ("nanogpt",)
-
 
 @dataclass(frozen=True)
 class Arguments(Checked):
@@ -50,8 +48,8 @@ class Arguments(Checked):
 
     def problems(self) -> list[str]:
         problems = []
-        if self.against is not None and self.against[0] not in PEERS:
-            problems.append(f"unknown peer {self.against[0]!r}; take {', '.join(PEERS)}, followed by the directory of its checkout")
+        if self.against is not None and self.against[0] != "nanogpt":
+            problems.append(f"unknown peer {self.against[0]!r}; take nanogpt, followed by the directory of its checkout")
         if self.stage == "quality" and (self.text is None or self.against is None):
             problems.append("quality needs --text FILE and --against nanogpt DIR: the peer's time and loss are the measure")
         return problems

@@ -18,14 +18,14 @@ from utils import Checked, notice, read_command_line, run_script
 
 import torch
 
-from export.hf_folder import HF
-from export.onnx_graph import ONNX
-from export.torchscript import TORCHSCRIPT
+from export.graphs import write_onnx, write_torchscript
+from export.hf_folder import write_hf
 from export.verify import TOLERANCE, check_target, largest_difference, put_in_place, workplace
 from formats.export_record import add_record
 from formats.run_directory import load_model
 
-FORMATS = {format.name: format for format in (ONNX, TORCHSCRIPT, HF)}
+# name -> what the file or folder is called ({} stands for the checkpoint's name without its ending), and what writes and reloads it
+FORMATS = {"onnx": ("{}.onnx", write_onnx), "torchscript": ("{}.ts.pt", write_torchscript), "hf": ("hf", write_hf)}
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,7 @@ class Arguments(Checked):
 
 def check_formats(formats: Iterable[str]) -> None:
     """Raises ValueError for a name that is no format; train.py asks before it trains."""
-    unknown = [name for name in formats if name not in FORMATS]
-    if unknown:
+    if unknown := [name for name in formats if name not in FORMATS]:
         raise ValueError(f"unknown format {', '.join(unknown)}; take {', '.join(FORMATS)}")
 
 
@@ -57,20 +56,20 @@ def export(checkpoint: str | Path, formats: Iterable[str], output: Path | None) 
     """
     model, tokenizer, path, _ = load_model(str(checkpoint))
     output = output or path.parent
-    targets = {name: FORMATS[name].target(path, output) for name in formats}
+    targets = {name: output / FORMATS[name][0].format(path.stem) for name in formats}
     for target in targets.values():
         check_target(target, path)
     output.mkdir(parents=True, exist_ok=True)
     good = True
     for name, target in targets.items():
+        _, write = FORMATS[name]
         with workplace(output) as directory:
-            written = directory / target.name
-            difference = largest_difference(model, FORMATS[name].write(model, tokenizer, written))
+            difference = largest_difference(model, write(model, tokenizer, directory / target.name))
             if difference > TOLERANCE:
                 notice(f"error: {name}: logits differ by up to {difference:.1e} (allowed {TOLERANCE}); the file was deleted")
                 good = False
                 continue
-            put_in_place(written, target)
+            put_in_place(directory / target.name, target)
         entry = {"format": name, "checkpoint": path.name, "largest_logit_difference": difference, "torch": torch.__version__}
         add_record(output, target.name, entry)
         print(f"{target}: largest difference of a logit {difference:.1e}")

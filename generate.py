@@ -14,16 +14,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated
 
-from utils import Checked, Count, NonNegative, Seed, choose_device, notice, read_command_line, run_script
+from utils import Checked, Count, NonNegative, Seed, choose_device, derived_seed, notice, read_command_line, run_script
 
+import torch
 from annotated_types import Gt, Le
 
 from formats.run_directory import load_model
-from formats.tokenizer import TextTokenizer
-from generation.streaming import continue_text, encode_prompt, sample_generator
-from models import GPT
+from generation.streaming import continue_text, encode_prompt
 
-ALIASES = {"model_path": "checkpoint", "max_length": "max_new_tokens"}
 Share = Annotated[float, Gt(0), Le(1)]
 
 
@@ -69,36 +67,14 @@ def read_prompts(interactive: bool) -> Iterator[str]:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - gives input() a history and editing
     notice("Type the beginning of a text and press Enter; an empty line starts a text from nothing. Ctrl-C stops a text, Ctrl-D ends.")
-    while True:
-        try:
+    with contextlib.suppress(EOFError):
+        while True:
             yield input("> ")
-        except EOFError:
-            print()
-            return
-
-
-def print_texts(model: GPT, tokenizer: TextTokenizer, prompts: Iterator[str], args: Arguments, seed: int, interactive: bool) -> None:
-    """Print args.num_samples texts for each prompt, piece by piece."""
-    sampling = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "min_p")}
-    numbers = itertools.count()
-    for prompt in prompts:
-        ids = encode_prompt(tokenizer, prompt, model.config.block_size)
-        for number in range(args.num_samples):
-            generator = sample_generator(seed, next(numbers))
-            if args.num_samples > 1:
-                print(f"--- {number + 1} of {args.num_samples}")
-            print(prompt, end="", flush=True)
-            try:
-                for piece in continue_text(model, tokenizer, ids, args.max_new_tokens, args.stop, generator=generator, **sampling):
-                    print(piece, end="", flush=True)
-            except KeyboardInterrupt:
-                if not interactive:
-                    raise
-            print(flush=True)
+    print()
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = read_command_line(Arguments, argv, __doc__, ALIASES)
+    args = read_command_line(Arguments, argv, __doc__, {"model_path": "checkpoint", "max_length": "max_new_tokens"})
     model, tokenizer, path, content = load_model(args.checkpoint, choose_device(args.device))
     seed = args.seed if args.seed is not None else secrets.randbelow(2**31)
     notice(f"{path}, step {content['step']}" + (f", seed {seed}" if args.seed is None and args.temperature > 0 else ""))
@@ -107,7 +83,22 @@ def main(argv: list[str] | None = None) -> int:
     interactive = args.interactive or (args.prompt is None and sys.stdin.isatty())
     prompts = [args.prompt] if args.prompt is not None else []
     more = read_prompts(interactive) if interactive or args.prompt is None else ()
-    print_texts(model, tokenizer, itertools.chain(prompts, more), args, seed, interactive)
+    options = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")}
+    numbers = itertools.count()
+    for prompt in itertools.chain(prompts, more):
+        ids = encode_prompt(tokenizer, prompt, model.config.block_size)
+        for number in range(args.num_samples):
+            generator = torch.Generator().manual_seed(derived_seed(seed, next(numbers)))
+            if args.num_samples > 1:
+                print(f"--- {number + 1} of {args.num_samples}")
+            print(prompt, end="", flush=True)
+            try:
+                for piece in continue_text(model, tokenizer, ids, args.stop, generator=generator, **options):
+                    print(piece, end="", flush=True)
+            except KeyboardInterrupt:
+                if not interactive:
+                    raise
+            print(flush=True)
     return 0
 
 

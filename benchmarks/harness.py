@@ -5,6 +5,7 @@ Doesn't import torch before it is needed, so that a peer's process that starts f
 
 import contextlib
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -12,8 +13,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from utils import Machine
 
@@ -44,8 +45,7 @@ def child_process(command: list[str], cwd: Path, **options) -> Iterator[subproce
         raise
 
 
-@dataclass(frozen=True)
-class Finished:
+class Finished(NamedTuple):
     """A process that has ended. peak: its largest resident memory in bytes. seconds: from its start to its end."""
 
     output: str
@@ -74,12 +74,12 @@ def peak_memory(command: list[str], cwd: Path) -> float:
     peak = 0
     with child_process(command, cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         while process.poll() is None:
-            with contextlib.suppress(OSError, StopIteration):  # one of them has just ended
+            with contextlib.suppress(OSError, TypeError):  # one of them has just ended
                 tree = [process.pid]
                 for pid in tree:
                     tree += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
-                rollups = [Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines() for pid in tree]
-                peak = max(peak, sum(int(next(line for line in lines if line.startswith("Pss:")).split()[1]) * 1024 for lines in rollups))
+                rollups = [Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in tree]
+                peak = max(peak, 1024 * sum(int(re.search(r"^Pss: +(\d+)", rollup, re.MULTILINE)[1]) for rollup in rollups))
             time.sleep(0.02)
     return peak
 
@@ -102,21 +102,15 @@ def spread(values: list[float], form: str = ".3g") -> str:
 def print_matrix_rate(device: str) -> float:
     """Measure and print what this machine reaches at best, to set other speeds beside it: floating-point operations per second.
 
-    The measure is a linear layer as in the `mini` MLP, in training precision; the median of 20.
+    The measure is a linear layer as in the `mini` MLP, in training precision; a median over half a second.
     """
     import torch
+    from torch.utils.benchmark import Timer
 
     machine = Machine.choose(device, "auto", False, 0)
-    x = torch.randn(2048, 384, device=device, dtype=machine.dtype)
-    weight = torch.randn(1536, 384, device=device, dtype=machine.dtype)
-    times = []
-    for _ in range(20):
-        started = time.perf_counter()
-        for _ in range(10):
-            torch.nn.functional.linear(x, weight)
-        if machine.kind == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    rate = 10 * 2 * 2048 * 384 * 1536 / statistics.median(times)
+    x, weight = (torch.randn(rows, 384, device=device, dtype=machine.dtype) for rows in (2048, 1536))
+    product = {"linear": torch.nn.functional.linear, "x": x, "weight": weight}
+    timer = Timer("linear(x, weight)", globals=product, num_threads=torch.get_num_threads())
+    rate = 2 * 2048 * 384 * 1536 / timer.blocked_autorange(min_run_time=0.5).median
     print(f"this machine's matrix products: {rate / 1e9:,.0f} GFLOP/s in {machine.dtype_name}")
     return rate

@@ -23,9 +23,8 @@ def lay_out(checkout: Path, cwd: Path) -> Path:
 def train(directory: Path, values: dict, device: str, *config: str) -> Finished:
     """Its training as its README runs it on a CPU (uncompiled, float32), or with its own defaults on a GPU. config: its configuration."""
     common = {"dataset": "bench", "device": device, "eval_iters": 1, "log_interval": 1, "dropout": 0.0, "gradient_accumulation_steps": 1}
-    if device == "cpu":
-        common["compile"] = "False"
-    return run([sys.executable, "train.py", *config, *flags(common | values)], directory)
+    uncompiled = {"compile": False} if device == "cpu" else {}
+    return run([sys.executable, "train.py", *config, *flags(common | uncompiled | values)], directory)
 
 
 def step_seconds(output: str) -> list[float]:
@@ -45,8 +44,6 @@ def validate(directory: Path) -> tuple[float, int]:
     tokens = torch.from_numpy(np.fromfile(directory / "data" / "bench" / "val.bin", np.uint16).astype(np.int64))
     size, nats = saved["model_args"]["block_size"], 0.0
     with torch.inference_mode():
-        for start in range(0, len(tokens) - 1, size):
-            x = tokens[start : start + size]
-            y = tokens[start + 1 : start + 1 + len(x)]
-            nats += model(x[None, : len(y)], y[None])[1].item() * len(y)
+        for x, y in zip(tokens[:-1].split(size), tokens[1:].split(size)):
+            nats += model(x[None], y[None])[1].item() * len(y)
     return nats / (len(tokens) - 1), sum(p.numel() for p in model.parameters())

@@ -18,7 +18,6 @@ NANOGPT = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "batch_si
 OURS = {"preset": "nano", "n_hidden": 320, "block_size": 64, "learning_rate": 1e-2, "muon_learning_rate": 0.02, "warmup_steps": 20}
 OURS |= {"eval_interval": 10**9, "eval_tokens": 1000, "device": "cpu"}
 SHORT = {"batch_size": 12, "max_tokens": 220_000}
-LONG_BATCH = 24
 
 
 def prepare_both(text: str, checkout: Path, cwd: Path) -> Path:
@@ -62,7 +61,7 @@ def measure(rounds: int, file: Path, checkout: Path, cwd: Path) -> None:
         results["short"].append(our_result(cwd, "short", seed, SHORT))
         # a little less than fits into the peer's time at the speed of the short run
         tokens = int(SHORT["max_tokens"] * seconds / results["short"][-1][0] * 0.95)
-        results["long"].append(our_result(cwd, "long", seed, {"batch_size": LONG_BATCH, "max_tokens": tokens}))
+        results["long"].append(our_result(cwd, "long", seed, {"batch_size": 24, "max_tokens": tokens}))
         notice(f"round {seed} of {rounds}: " + ", ".join(f"{name} {r[-1][0]:.1f} s, {r[-1][1]:.3f}" for name, r in results.items()))
     print_matrix_rate("cpu")
     our_parameters = load_model(str(cwd / "short"))[0].num_parameters()

@@ -2,7 +2,6 @@
 
 import shutil
 import statistics
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from utils import notice
@@ -27,18 +26,8 @@ OUR_WAYS = {
     "AdamW, eager": {"optimizer": "adamw", "compile": False},
     "Muon, compiled": {"optimizer": "muon", "compile": True},
 }
+PEER = "nanoGPT"
 UNSTEADY = 2  # medians leave out the first step and this many after it
-
-
-@dataclass
-class Way:
-    """A way to train, and what each of its runs reached. rates: tokens per second. peaks: bytes. first_step: seconds, in the first run."""
-
-    name: str
-    values: dict
-    rates: list[float] = field(default_factory=list)
-    peaks: list[float] = field(default_factory=list)
-    first_step: float | None = None
 
 
 def our_training(cwd: Path, out: str, data: str, values: dict) -> Finished:
@@ -68,42 +57,37 @@ def measure(rounds: int, steps: int, device: str, checkout: Path | None, cwd: Pa
     tokens = shape["batch_size"] * shape["block_size"]
     base = {"arch": "gpt2", "tokenizer": "tokenizer.json", "device": device, "max_steps": steps, "gradient_accumulation_steps": 1}
     base |= shape | {"eval_interval": steps, "eval_tokens": 2000}
-    ours = [Way(name, base | values) for name, values in OUR_WAYS.items()]
     write_data(cwd)
-    peer = None
+    ways = list(OUR_WAYS)
     if checkout is not None:
-        peer = Way("nanoGPT", shape | {"max_iters": steps, "eval_interval": 10**9})
+        ways.append(PEER)
         directory = nanogpt.lay_out(checkout, cwd)
-        for split in ("train", "val"):
-            shutil.copy(cwd / "bench" / f"{split}.bin", directory / "data" / "bench")
-    ways = ours if peer is None else [*ours, peer]
+        shutil.copytree(cwd / "bench", directory / "data" / "bench", dirs_exist_ok=True)
+    rates: dict[str, list[float]] = {way: [] for way in ways}  # tokens per second
+    peaks: dict[str, list[float]] = {way: [] for way in ways}  # bytes
+    first_steps: dict[str, float] = {}  # seconds, in the first round
     for i in range(rounds):
         for way in ways:
-            if way is peer:
-                done = nanogpt.train(directory, way.values, device)
+            if way == PEER:
+                done = nanogpt.train(directory, shape | {"max_iters": steps, "eval_interval": 10**9}, device)
                 seconds = nanogpt.step_seconds(done.output)
             else:
-                done = our_training(cwd, "out", "bench", way.values)
+                done = our_training(cwd, "out", "bench", base | OUR_WAYS[way])
                 first, *seconds = step_seconds(cwd / "out")
-                way.first_step = way.first_step or first
-            way.peaks.append(done.peak)
-            way.rates.append(tokens / statistics.median(seconds[UNSTEADY:]))
-        notice(f"round {i + 1} of {rounds}: " + ", ".join(f"{way.name} {way.rates[-1]:,.0f}" for way in ways))
+                first_steps.setdefault(way, first)
+            peaks[way].append(done.peak)
+            rates[way].append(tokens / statistics.median(seconds[UNSTEADY:]))
+        notice(f"round {i + 1} of {rounds}: " + ", ".join(f"{way} {rates[way][-1]:,.0f}" for way in ways))
     model, *_ = load_model(str(cwd / "out"))
-    rate = print_matrix_rate(device)
+    best = print_matrix_rate(device) / model.flops_per_token()
     print(f"{model.num_parameters():,} parameters, {tokens:,} tokens a step")
     for way in ways:
-        print(describe(way, peer, model.flops_per_token() / rate))
-
-
-def describe(way: Way, peer: Way | None, ideal_seconds: float) -> str:
-    """A line about a way. ideal_seconds: what a token would need at the matrix rate."""
-    line = f"{way.name:16} {spread(way.rates, ',.0f')} tokens/s, {statistics.median(way.rates) * ideal_seconds:.0%} of the matrix rate"
-    line += f", peak {statistics.median(way.peaks) / 1e9:.2f} GB"
-    if way.first_step is not None:
-        line += f", first step {way.first_step:.0f} s"
-    if peer is not None and way is not peer:
-        speed = [a / b for a, b in zip(way.rates, peer.rates)]
-        memory = statistics.median(way.peaks) / statistics.median(peer.peaks)
-        line += f"; {spread(speed)} x nanoGPT's speed, {memory:.0%} of its memory"
-    return line
+        peak = statistics.median(peaks[way])
+        line = f"{way:16} {spread(rates[way], ',.0f')} tokens/s, {statistics.median(rates[way]) / best:.0%} of the matrix rate"
+        line += f", peak {peak / 1e9:.2f} GB"
+        if way in first_steps:
+            line += f", first step {first_steps[way]:.0f} s"
+        if PEER in ways and way != PEER:
+            speed = [ours / theirs for ours, theirs in zip(rates[way], rates[PEER])]
+            line += f"; {spread(speed)} x nanoGPT's speed, {peak / statistics.median(peaks[PEER]):.0%} of its memory"
+        print(line)

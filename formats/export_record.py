@@ -8,20 +8,13 @@ from utils import notice, write_json
 RECORD = "export.json"
 
 
-def is_plain_name(name: str) -> bool:
-    """Whether a name stays inside its directory on every system: no separators, no drive, not `..`."""
-    return name not in ("", "..") and PureWindowsPath(name).name == name
-
-
 def read_record(directory: Path) -> dict[str, dict]:
-    """Name -> entry of what was exported into a directory, see `add_record`. Names that lead out of the directory are left out.
-
-    Without a record, and with a notice for a damaged one, nothing is known.
-    """
+    """Name -> entry of what was exported into a directory, see `add_record`. Without a record, or with a damaged one, nothing is known."""
     path = directory / RECORD
     try:
-        files = json.loads(path.read_text(encoding="utf-8"))["files"]
-        return {name: entry for name, entry in files.items() if is_plain_name(name)}
+        files = json.loads(path.read_text(encoding="utf-8"))["files"].items()
+        # only names that stay inside the directory on every system: no separators, no drive, not `..`
+        return {name: entry for name, entry in files if name not in ("", "..") and PureWindowsPath(name).name == name}
     except FileNotFoundError:
         return {}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -30,7 +23,7 @@ def read_record(directory: Path) -> dict[str, dict]:
 
 
 def add_record(directory: Path, name: str, entry: dict) -> None:
-    """Add what was exported as `name`, a file or folder in the directory, to its record; earlier entries stay. Raises OSError.
+    """Add what was exported as `name`, a file or folder in the directory; earlier entries stay. Raises OSError.
 
     entry: format, checkpoint (a name, no path), largest_logit_difference, torch (its version).
     """

@@ -1,8 +1,9 @@
 """A text that grows while it is generated: prompt -> token ids -> whole characters, up to the text's end or a stop text."""
 
+import itertools
 from collections.abc import Iterable, Iterator
 
-from utils import derived_seed, notice
+from utils import notice
 
 import torch
 from tokenizers.decoders import DecodeStream
@@ -10,11 +11,6 @@ from torch import Tensor
 
 from formats.tokenizer import TextTokenizer
 from models import GPT
-
-
-def sample_generator(seed: int, sample: int) -> torch.Generator:
-    """The random numbers of text number `sample`: a pure function of (seed, sample)."""
-    return torch.Generator().manual_seed(derived_seed(seed, sample))
 
 
 def encode_prompt(tokenizer: TextTokenizer, prompt: str, block_size: int) -> Tensor:
@@ -31,13 +27,10 @@ def decode_stream(tokenizer: TextTokenizer, ids: Iterable[int]) -> Iterator[str]
     stream, kept, given = DecodeStream(skip_special_tokens=True), [], 0
     for i in ids:
         kept.append(i)
-        piece = stream.step(tokenizer.tokenizer, i)
-        if piece:
-            given += len(piece)
-            yield piece
-    rest = tokenizer.decode(kept)[given:]
-    if rest:
-        yield rest
+        piece = stream.step(tokenizer.tokenizer, i) or ""
+        given += len(piece)
+        yield piece
+    yield tokenizer.decode(kept)[given:]
 
 
 def until_stop(pieces: Iterable[str], stops: tuple[str, ...]) -> Iterator[str]:
@@ -45,8 +38,7 @@ def until_stop(pieces: Iterable[str], stops: tuple[str, ...]) -> Iterator[str]:
     held = ""
     for piece in pieces:
         held += piece
-        found = [held.index(stop) for stop in stops if stop in held]
-        if found:
+        if found := [held.index(stop) for stop in stops if stop in held]:
             yield held[: min(found)]
             return
         keep = max((n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n])), default=0)
@@ -55,18 +47,8 @@ def until_stop(pieces: Iterable[str], stops: tuple[str, ...]) -> Iterator[str]:
     yield held
 
 
-def continue_text(
-    model: GPT, tokenizer: TextTokenizer, prompt: Tensor, max_new_tokens: int, stops: tuple[str, ...] = (), **sampling
-) -> Iterator[str]:
-    """Pieces of the text that follows a prompt (1, T), until its EOT, a stop text, or max_new_tokens.
-
-    sampling: generator, temperature and the other options of models.sample_token.
-    """
-
-    def ids() -> Iterator[int]:
-        for token in model.stream(prompt.to(model.device), max_new_tokens, **sampling):
-            if token.item() == tokenizer.eot_id:
-                return
-            yield token.item()
-
-    return until_stop(decode_stream(tokenizer, ids()), stops)
+def continue_text(model: GPT, tokenizer: TextTokenizer, prompt: Tensor, stops: tuple[str, ...], **options) -> Iterator[str]:
+    """Pieces of the text that follows a prompt (1, T), until its EOT, a stop text or max_new_tokens; options as in GPT.stream."""
+    tokens = (token.item() for token in model.stream(prompt.to(model.device), **options))
+    ids = itertools.takewhile(lambda token: token != tokenizer.eot_id, tokens)
+    return until_stop(decode_stream(tokenizer, ids), stops)

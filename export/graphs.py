@@ -1,0 +1,48 @@
+"""The network as a graph that runs without this repository: token ids (B, T) int64 -> logits (B, T, V) float32, any batch and length."""
+
+import contextlib
+import io
+import logging
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from export.verify import LoadedModel, example_ids
+from formats.tokenizer import TextTokenizer
+from models import GPT
+
+
+class LogitsOnly(nn.Module):
+    def __init__(self, model: GPT):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.model(input_ids)[0]
+
+
+def write_onnx(model: GPT, tokenizer: TextTokenizer, path: Path) -> LoadedModel:
+    """One file for onnxruntime and other runtimes."""
+    import onnxruntime
+
+    block = model.config.block_size
+    sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=block)}
+    options = {"dynamo": True, "external_data": False, "input_names": ["input_ids"], "output_names": ["logits"]}
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # the exporter reports its own steps
+        warnings.simplefilter("ignore")
+        example = example_ids(model, 2, max(2, block // 2))
+        torch.onnx.export(LogitsOnly(model), (example,), str(path), dynamic_shapes={"input_ids": sizes}, **options)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return lambda ids: torch.from_numpy(session.run(["logits"], {"input_ids": ids.numpy()})[0])
+
+
+def write_torchscript(model: GPT, tokenizer: TextTokenizer, path: Path) -> LoadedModel:
+    """One file for torch.jit.load, in Python or C++."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated in favour of torch.export, and tracing asks to mind the length
+        example = example_ids(model, 2, model.config.block_size // 2 + 1)
+        torch.jit.save(torch.jit.trace(LogitsOnly(model), example, check_trace=False), str(path))
+        return torch.jit.load(str(path))
