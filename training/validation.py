@@ -56,7 +56,7 @@ def sample_text(model: GPT, tokenizer: TextTokenizer, config: TrainConfig, step:
     """A text that the model writes now, with random numbers of its own: the training never notices."""
     generator = torch.Generator().manual_seed(derived_seed(config.seed, step, -1, 0))
     prompt = encode_prompt(tokenizer, config.sample_prompt, model.config.block_size)
-    pieces = continue_text(model, tokenizer, prompt, config.sample_tokens, generator=generator, temperature=0.8)
+    pieces = continue_text(model, tokenizer, prompt, (), max_new_tokens=config.sample_tokens, generator=generator, temperature=0.8)
     return config.sample_prompt + "".join(pieces)
 
 
