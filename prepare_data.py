@@ -9,6 +9,7 @@ python prepare_data.py --dataset roneneldan/TinyStories --max_documents 100000 -
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import signal
 import sys
@@ -128,7 +129,7 @@ def prepare(args: Arguments) -> dict:
         DocumentEncoder(Recipe(tokenizer, corpus.cleaning, corpus.seed), workers) as encoder,
         tqdm(desc="encoding", total=total, unit="B", unit_scale=True, disable=None) as bar,
     ):
-        if corpus.weights and not corpus.limits:
+        if corpus.weights and corpus.limits == Limits():
             corpus = dataclasses.replace(corpus, limits=largest_mixture(corpus, encoder))
         for group in corpus.groups:
             limits = corpus.limits_of(group)
@@ -150,16 +151,11 @@ def prepare(args: Arguments) -> dict:
 def find_corpus(args: Arguments) -> Corpus:
     if args.sample:
         return open_sample_corpus(args.seed, args.sample_stories)
-    return open_corpus(
-        args.input,
-        args.dataset,
-        {"val": args.val_input, "test": args.test_input},
-        Format(args.separator, args.text_field, args.errors),
-        Splitting(args.split, args.seed, args.val_fraction, args.test_fraction),
-        args.cleaning,
-        Limits(args.max_documents, args.max_bytes, args.max_tokens),
-        args.dataset_config,
-    )
+    named = {"input": args.input, "dataset": args.dataset, "val": args.val_input, "test": args.test_input}
+    splitting = Splitting(args.split, args.seed, args.val_fraction, args.test_fraction)
+    limits = Limits(*(limit or math.inf for limit in (args.max_documents, args.max_bytes, args.max_tokens)))
+    form = Format(args.separator, args.text_field, args.errors)
+    return open_corpus(named, form, splitting, args.cleaning, limits, args.dataset_config)
 
 
 def choose_tokenizer(args: Arguments, corpus: Corpus) -> TextTokenizer:

@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
         show(make_tokenizer(args.tokenizer, (), 0), args.show)
         return 0
     form, splitting = Format(args.separator, args.text_field, args.errors), Splitting("auto", SEED, HELD_OUT)
-    corpus = open_corpus(args.input, (), {"val": (), "test": ()}, form, splitting, Cleaning(), Limits())
+    corpus = open_corpus({"input": args.input}, form, splitting, Cleaning(), Limits())
     normalize = text_normalization(args.lowercase, args.nfc)
     texts = corpus.training_texts(normalize, args.train_bytes)
     first = beginning(texts, USED_CHARACTERS)  # kept for the report

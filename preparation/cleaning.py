@@ -1,11 +1,9 @@
 """What may be done to a document before it is encoded, each by a flag, and what is dropped. Doesn't import torch."""
 
-import functools
 import importlib.util
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from utils import Checked, Count, Natural
@@ -55,16 +53,12 @@ class Cleaning(Checked):
 
     def clean(self, text: str, counts: Counter) -> str:
         """The document as it is kept, but for what the tokenizer's own normalization does. Counts what was changed."""
-        for name, change in self._changes:
-            changed = change(text)
-            counts[f"changed by {name}"] += changed != text
-            text = changed
+        for name, change in CHANGES.items():
+            if getattr(self, name):
+                changed = change(text)
+                counts[f"changed by {name}"] += changed != text
+                text = changed
         return text
-
-    @functools.cached_property
-    def _changes(self) -> list[tuple[str, Callable[[str], str]]]:
-        changes = (("fix_mojibake", _fix_mojibake), ("remove_control", _remove_control), ("whitespace", _whitespace))
-        return [(name, change) for name, change in changes if getattr(self, name)]
 
     def reason_to_drop(self, text: str) -> str | None:
         """Why a cleaned document is left out, None if it stays."""
@@ -83,13 +77,12 @@ def _fix_mojibake(text: str) -> str:
     return ftfy.fix_encoding(text)
 
 
-def _remove_control(text: str) -> str:
-    return CONTROL.sub("", text)
-
-
 def _whitespace(text: str) -> str:
     text = BLANKS.sub(" ", LINE_END.sub("\n", text))
     return EMPTY_LINES.sub("\n\n", AROUND_LINE_END.sub("\n", text)).strip()
+
+
+CHANGES = {"fix_mojibake": _fix_mojibake, "remove_control": lambda text: CONTROL.sub("", text), "whitespace": _whitespace}  # in order
 
 
 def skeleton(text: str) -> bytes:

@@ -107,7 +107,7 @@ class DocumentEncoder:
         if self.pool is not None:
             self.pool.shutdown(cancel_futures=True)
 
-    def encode(self, group: Group, most: int | None, wanted: Callable[[], float]) -> Iterator[Encoded]:
+    def encode(self, group: Group, most: float, wanted: Callable[[], float]) -> Iterator[Encoded]:
         """All documents of a group encoded, in order, in batches of `most` documents at most, which don't depend on the number of workers.
 
         Reads only a few batches ahead, and no further than for the number of documents that `wanted()` says can be used.
@@ -131,7 +131,7 @@ class DocumentEncoder:
                 future.cancel()
 
 
-def batches(group: Group, most: int | None) -> Iterator[tuple[list[str], Counter]]:
+def batches(group: Group, most: float) -> Iterator[tuple[list[str], Counter]]:
     """A group's documents in lists of about a million characters, and what reading each list had to replace or cut."""
     texts: list[str] = []
     size, before = 0, Counter()

@@ -15,6 +15,7 @@ import math
 import os
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,13 +26,13 @@ from formats.tokenizer import EOT
 
 CHUNK_BYTES = 2**20
 MAX_DOCUMENT = 2**26  # characters; a longer text is cut into documents at line ends, so that memory stays bounded
+REPLACED, CUT = "bytes that are not UTF-8", "cut into documents for their length"  # what may have to be mended
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
 class Format:
-    """How sources are read. separator: what stands between documents of a text file; text_field: key or column that holds the text;
-    errors: strict, or replace to read what is not UTF-8 as U+FFFD."""
+    """How sources are read, as prepare_data.py's flags of these names say."""
 
     separator: str = EOT
     text_field: str = "text"
@@ -41,9 +42,8 @@ class Format:
 class Source(abc.ABC):
     """Documents in a fixed order, which can be read several times.
 
-    name: for people and meta.json. text_bytes: size of the text, None where that isn't known before reading.
-    streamed: whether each reading is a download. replaced: what was not UTF-8 and became U+FFFD in the last reading; cut: documents cut off
-    for their length.
+    name: for people and meta.json. text_bytes: size of the text, None where that isn't known before reading. streamed: whether each reading
+    is a download. mended: what the last reading had to replace or cut.
     """
 
     text_bytes: int | None = None
@@ -51,16 +51,16 @@ class Source(abc.ABC):
 
     def __init__(self, name: str, form: Format):
         self.name, self.form = name, form
-        self.replaced = self.cut = 0
+        self.mended: Counter = Counter()
 
     def __iter__(self) -> Iterator[str]:
         """Documents in order. Raises ValueError for what can't be read."""
-        self.replaced = self.cut = 0
+        self.mended.clear()
         yield from self.documents()
 
     @abc.abstractmethod
     def documents(self) -> Iterator[str]:
-        """What `__iter__` gives; counts in `replaced` and `cut`."""
+        """What `__iter__` gives; counts in `mended`."""
 
     @abc.abstractmethod
     def describe(self) -> dict:
@@ -79,15 +79,14 @@ class Source(abc.ABC):
                 raise ValueError(f"{self.name} {where} has no field {self.form.text_field!r}; pass --text_field, one of: {names}")
             value = value[self.form.text_field]
         if not isinstance(value, str | None):
-            raise ValueError(
-                f"{self.name} {where} has no text but {type(value).__name__} in field {self.form.text_field!r}; name another --text_field"
-            )
+            what = f"no text but {type(value).__name__} in field {self.form.text_field!r}"
+            raise ValueError(f"{self.name} {where} has {what}; name another --text_field")
         text = value or ""
         if not text.isascii() and SURROGATE.search(text):
             if self.form.errors == "strict":
                 raise ValueError(f"{self.name} {where} has half a character (a lone surrogate); pass --errors replace to put U+FFFD there")
             text, count = SURROGATE.subn("\ufffd", text)
-            self.replaced += count
+            self.mended[REPLACED] += count
         return text
 
 
@@ -151,7 +150,7 @@ class File(Source):
                         f"{self.path} is not UTF-8 text (byte {at}); convert it, e.g. with: iconv -t UTF-8, "
                         "or pass --errors replace to read on with U+FFFD in its place"
                     ) from None
-                self.replaced += 1
+                self.mended[REPLACED] += 1
                 decoder.reset()
                 text, rest = text + error.object[: error.start].decode() + "\ufffd", error.object[error.end :]
 
@@ -166,7 +165,7 @@ class File(Source):
                 yield from ((part, "separator") for part in parts)
             while len(rest) > longest:
                 end = (rest.rfind("\n", 0, longest) + 1) or (rest.rfind(" ", 0, longest) + 1) or longest
-                self.cut += 1
+                self.mended[CUT] += 1
                 yield rest[:end], "cut"
                 rest = rest[end:]
         yield rest, "end"
@@ -266,14 +265,11 @@ class Parquet(File):
                 file = stack.enter_context(pyarrow.parquet.ParquetFile(source))
                 if self.form.text_field not in file.schema_arrow.names:
                     self.text_of(dict.fromkeys(file.schema_arrow.names), "")
-                number = 0
-                for batch in file.iter_batches(batch_size=1000, columns=[self.form.text_field]):
-                    for value in batch.column(0).to_pylist():
-                        number += 1
-                        yield self.text_of({self.form.text_field: value}, f"row {number}")
+                batches = file.iter_batches(batch_size=1000, columns=[self.form.text_field])
+                for number, row in enumerate(itertools.chain.from_iterable(batch.to_pylist() for batch in batches), 1):
+                    yield self.text_of(row, f"row {number}")
         except (pyarrow.ArrowException, EOFError, OSError, zlib.error) as error:
-            reason = str(error).partition(". ")[0]
-            raise ValueError(f"{self.path} is no Parquet file, or damaged ({reason}); get it again") from None
+            raise ValueError(f"{self.path} is no Parquet file, or damaged ({str(error).partition('. ')[0]}); get it again") from None
 
 
 FILE_KINDS = {".txt": TextFile, ".text": TextFile, ".jsonl": JsonLines, ".ndjson": JsonLines, ".json": Json}
@@ -286,9 +282,9 @@ def kind_of(path: Path) -> type[File] | None:
     return FILE_KINDS.get(suffix.lower())
 
 
-def walk(directory: Path) -> Iterator[Path]:
+def walk(directory: Path) -> list[Path]:
     """All files of known kinds below a directory, sorted; links are followed, each directory is entered once."""
-    seen, found, others = set(), [], set()
+    seen, found, others = set(), [], []
     for root, below, names in os.walk(directory, followlinks=True):
         place = os.stat(root)
         if (place.st_dev, place.st_ino) in seen:
@@ -296,16 +292,11 @@ def walk(directory: Path) -> Iterator[Path]:
             continue
         seen.add((place.st_dev, place.st_ino))
         below[:] = sorted(name for name in below if not name.startswith("."))
-        for name in names:
-            path = Path(root, name)
-            if name.startswith(".") or not path.is_file() or kind_of(path) is None:
-                others.add(path)
-            else:
-                found.append(path)
-    skipped = sorted(path for path in others if not path.name.startswith("."))
-    if skipped:
-        notice(f"{directory}: {len(skipped)} files of other kinds are left out, e.g. {skipped[0]}; name files to read them as text")
-    yield from sorted(found)
+        for path in (Path(root, name) for name in names if not name.startswith(".")):
+            (found if path.is_file() and kind_of(path) else others).append(path)
+    if others:
+        notice(f"{directory}: {len(others)} files of other kinds are left out, e.g. {min(others)}; name files to read them as text")
+    return sorted(found)
 
 
 def find_files(names: Iterable[str], form: Format) -> list[File]:
@@ -314,7 +305,7 @@ def find_files(names: Iterable[str], form: Format) -> list[File]:
     for name in names:
         path = Path(name)
         if path.is_dir():
-            found = list(walk(path))
+            found = walk(path)
         elif path.exists():
             found = [path]
         else:
@@ -322,9 +313,8 @@ def find_files(names: Iterable[str], form: Format) -> list[File]:
             found = sorted(match for match in below.glob(str(path.relative_to(path.anchor))) if match.is_file())
             found = [match for match in found if path.name.startswith(".") or not match.name.startswith(".")]
         if not found:
-            raise FileNotFoundError(
-                f"no text files at {name}; give an existing file, a glob, or a directory with {', '.join(FILE_KINDS)} (also compressed)"
-            )
+            kinds = f"{', '.join(FILE_KINDS)} (also compressed)"
+            raise FileNotFoundError(f"no text files at {name}; give an existing file, a glob, or a directory with {kinds}")
         for path in found:
             paths.setdefault(path.resolve(), path)
     odd = [str(path) for path in paths.values() if not path.is_file()]

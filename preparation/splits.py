@@ -24,14 +24,13 @@ def split_by_hash(text: str, seed: int, val_fraction: float, test_fraction: floa
 
 def split_by_position(text: str, val_fraction: float, test_fraction: float) -> Iterator[tuple[str, str]]:
     """A document's beginning for train, its end for val and test, cut at line ends where it has lines, else between words."""
-    cuts = [0]
-    for share in (1 - val_fraction - test_fraction, 1 - test_fraction):
+    start = 0
+    for split, share in (("train", 1 - val_fraction - test_fraction), ("val", 1 - test_fraction), ("test", 1)):
         wanted = round(len(text) * share)
-        space = max(text.find("\n", wanted), text.find(" ", wanted) if text.find("\n", wanted) < 0 else -1)
-        cuts.append(max(cuts[-1], space + 1 if space >= 0 else wanted))
-    for split, start, end in zip(("train", "val", "test"), cuts, [*cuts[1:], len(text)]):
+        end = max(start, (text.find("\n", wanted) + 1) or (text.find(" ", wanted) + 1) or wanted)
         if text[start:end].strip():
             yield split, text[start:end]
+        start = end
 
 
 @dataclass(frozen=True)
