@@ -31,7 +31,7 @@ from preparation.encoding import DocumentEncoder, Recipe
 from preparation.selection import Selection, largest_mixture
 from preparation.sources import Format
 from preparation.splits import Splitting
-from preparation.tokenizer_kinds import TRAINED, make_tokenizer, text_normalization
+from preparation.tokenizer_kinds import TRAINED, make_tokenizer, text_normalizer
 
 SAMPLE_VOCAB_SIZE = 1500
 SAMPLE_TRAIN_BYTES = 4_000_000  # enough to see every word of the grammar many times
@@ -163,7 +163,7 @@ def choose_tokenizer(args: Arguments, corpus: Corpus) -> TextTokenizer:
         notice(f"--vocab_size and --train_bytes have no effect with the {args.kind} tokenizer")
     lowercase, nfc, asked = args.cleaning.lowercase, args.cleaning.nfc, recorded(args)["made_with"]["vocab_size"]
     limit = args.train_bytes or (SAMPLE_TRAIN_BYTES if args.sample else TRAIN_BYTES)
-    tokenizer = make_tokenizer(args.kind, corpus.training_texts(text_normalization(lowercase, nfc), limit), asked, lowercase, nfc)
+    tokenizer = make_tokenizer(args.kind, corpus.training_texts(text_normalizer(lowercase, nfc), limit), asked, lowercase, nfc)
     if asked is not None and tokenizer.vocab_size < asked:
         notice(f"the text gives only {tokenizer.vocab_size} tokens of the {asked} asked for")
     return tokenizer

@@ -16,12 +16,12 @@ from utils import Checked, Count, notice, read_command_line, run_script, write_t
 import numpy as np
 
 from formats.tokenizer import EOT, TextTokenizer, gpt2_tokenizer
-from formats.tokenizer_description import byte_characters
+from formats.tokenizer_description import bytes_of_token
 from preparation.cleaning import Cleaning
 from preparation.corpus import Limits, open_corpus
 from preparation.sources import Format
 from preparation.splits import Splitting
-from preparation.tokenizer_kinds import TRAINED, make_tokenizer, text_normalization
+from preparation.tokenizer_kinds import TRAINED, make_tokenizer, text_normalizer
 
 SEED = 1337
 HELD_OUT = 0.05  # share of the documents that the tokenizer doesn't see
@@ -72,15 +72,12 @@ class Arguments(Checked):
 def readable(tokenizer: TextTokenizer, token_id: int) -> str:
     """A token as people can read it, in quotes; with part of a character as its bytes, e.g. <C3>."""
     token = tokenizer.tokenizer.id_to_token(token_id) or ""
-    byte_of = {character: byte for byte, character in enumerate(byte_characters())}
     of_bytes = token_id not in tokenizer.special_ids and "ByteLevel" in tokenizer.description.decoders
-    if of_bytes and all(character in byte_of for character in token):
-        data = bytes(byte_of[character] for character in token)
-        try:
-            return repr(data.decode())
-        except UnicodeDecodeError:
-            return "".join(chr(byte) if 0x20 <= byte < 0x7F else f"<{byte:02X}>" for byte in data)
-    return repr(token)
+    data = bytes_of_token(token) if of_bytes else None
+    try:
+        return repr(token if data is None else data.decode())
+    except UnicodeDecodeError:
+        return "".join(chr(byte) if 0x20 <= byte < 0x7F else f"<{byte:02X}>" for byte in data)
 
 
 def show(tokenizer: TextTokenizer, text: str) -> None:
@@ -140,8 +137,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     form, splitting = Format(args.separator, args.text_field, args.errors), Splitting("auto", SEED, HELD_OUT)
     corpus = open_corpus({"input": args.input}, form, splitting, Cleaning(), Limits())
-    normalize = text_normalization(args.lowercase, args.nfc)
-    texts = corpus.training_texts(normalize, args.train_bytes)
+    normalizer = text_normalizer(args.lowercase, args.nfc)
+    texts = corpus.training_texts(normalizer, args.train_bytes)
     first = beginning(texts, USED_CHARACTERS)  # kept for the report
     if not first:
         raise ValueError(f"{', '.join(args.input)} holds no text; give files with some")
@@ -154,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
     output.parent.mkdir(parents=True, exist_ok=True)
     write_text(output, tokenizer.json)
     print(f"{output}: {tokenizer.vocab_size} tokens")
-    report(tokenizer, list(corpus.held_out_texts(normalize, HELD_OUT_CHARACTERS)), first)
+    report(tokenizer, list(corpus.held_out_texts(normalizer, HELD_OUT_CHARACTERS)), first)
     return 0
 
 

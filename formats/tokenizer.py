@@ -1,7 +1,4 @@
-"""Tokenizers: always a Hugging Face tokenizer.json, whatever the kind, so that `tokenizers` and `transformers` read it.
-
-This module doesn't import torch.
-"""
+"""Tokenizers: always a Hugging Face tokenizer.json, so that `tokenizers` and `transformers` read it. Doesn't import torch."""
 
 import functools
 import hashlib
@@ -13,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from tiktoken.load import read_file_cached
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.normalizers import Normalizer
 
 from formats.fast_encoding import FastEncoding, fast_encoding
 from formats.tokenizer_description import Description
@@ -62,7 +60,7 @@ class TextTokenizer:
             raise ValueError(f"{name} has {self.vocab_size} tokens, but uint16 token files hold at most {MAX_VOCAB_SIZE}")
         self.eot_id = ids[EOT]
         self.pad_id = ids.get(PADDING, self.eot_id)
-        self.unknown_id = ids.get(self.description.model.get("unk_token") or "", None)
+        self.unknown_id = ids.get(self.description.model.get("unk_token"))
         self.special_ids = self.description.special_ids
         self.normalizers = self.description.normalizers
         self.loss_reason = self.description.loss_reason
@@ -74,8 +72,8 @@ class TextTokenizer:
         """Whether both give every text the same ids, though their files may be formatted differently."""
         if self.sha256 == other.sha256:
             return True
-        ours, theirs = (t.tokenizer.get_vocab(with_added_tokens=True) for t in (self, other))
-        return ours == theirs and self.description.splits_and_merges_as(other.description)
+        ours, theirs = ((t.tokenizer.get_vocab(with_added_tokens=True), t.description.method()) for t in (self, other))
+        return ours == theirs
 
     @functools.cached_property
     def fast(self) -> FastEncoding | None:
@@ -152,27 +150,26 @@ def load_tokenizer(path: str | Path) -> TextTokenizer:
         raise ValueError(f"{path} is no Hugging Face tokenizer.json (not UTF-8); make one with tokenizer_train.py") from None
 
 
-def byte_level(model: models.Model) -> Tokenizer:
+def byte_level(model: models.Model, normalizer: Normalizer | None = None) -> Tokenizer:
     """A model over the bytes of GPT-2's words. Without a pre-tokenizer `tokenizers` takes memory out of all proportion."""
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.normalizer = normalizer
     return tokenizer
 
 
 @functools.lru_cache(maxsize=1)
-def gpt2_tokenizer() -> TextTokenizer:
+def gpt2_tokenizer(normalizer: Normalizer | None = None) -> TextTokenizer:
     """GPT-2's tokenizer (Radford et al. 2019), ids identical to tiktoken's. Raises ValueError if tiktoken can't get its files."""
     try:
         merges, vocab = (read_file_cached(f"{GPT2_FILES}/{name}", sha256) for name, sha256 in GPT2_SHA256.items())
     except Exception as error:  # requests' errors, or an OSError of the cache directory
-        raise ValueError(
-            f"GPT-2's tokenizer files can't be had ({type(error).__name__}: tiktoken downloads them once); "
-            "pass --tokenizer bpe to train a tokenizer on your own text, or --tokenizer PATH to name another: neither needs network"
-        ) from None
+        advice = "pass --tokenizer bpe to train a tokenizer on your own text, or --tokenizer PATH to name another: neither needs network"
+        raise ValueError(f"GPT-2's tokenizer files can't be had ({type(error).__name__}: tiktoken downloads them once); {advice}") from None
     ids = json.loads(vocab)
     del ids[EOT]  # becomes a special token, with the same id: the last one
     pairs = [tuple(line.split(" ")) for line in merges.decode().splitlines()[1:]]
-    tokenizer = byte_level(models.BPE(ids, pairs))
+    tokenizer = byte_level(models.BPE(ids, pairs), normalizer)
     tokenizer.add_special_tokens([AddedToken(EOT, special=True, normalized=False)])
     return TextTokenizer(tokenizer.to_str())

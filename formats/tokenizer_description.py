@@ -1,20 +1,23 @@
 """What a tokenizer.json says: what it does to a text, whether it loses any of it, what its ids stand for. Doesn't import torch."""
 
 import functools
+import itertools
 import json
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, pre_tokenizers
 
 
-@functools.lru_cache(maxsize=1)
-def byte_characters() -> list[str]:
-    """The printable character that stands for each byte 0..255 in byte-level vocabularies (GPT-2's table)."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    table, extra = [""] * 256, 0
-    for byte in range(256):
-        table[byte] = chr(byte) if byte in printable else chr(256 + extra)
-        extra += byte not in printable
-    return table
+@functools.cache
+def byte_of_character() -> dict[str, int]:
+    """The printable characters that stand for the bytes 0..255 in byte-level vocabularies (GPT-2's table)."""
+    printable, others = pre_tokenizers.ByteLevel.alphabet(), map(chr, itertools.count(256))
+    return {chr(byte) if chr(byte) in printable else next(others): byte for byte in range(256)}
+
+
+def bytes_of_token(token: str) -> bytes | None:
+    """What a token of a byte-level vocabulary stands for, None if that isn't what it is."""
+    values = [*map(byte_of_character().get, token)]
+    return None if None in values else bytes(values)
 
 
 def _parts(component: dict | None, key: str) -> list[dict]:
@@ -41,11 +44,8 @@ class Description:
         self.added_tokens: list[dict] = values["added_tokens"]
         self.special_ids = {added["id"] for added in self.added_tokens if added["special"]}
 
-    def splits_and_merges_as(self, other: "Description") -> bool:
-        """Whether both give the same ids if their vocabularies are equal."""
-        return self._decisive() == other._decisive()
-
-    def _decisive(self) -> tuple:
+    def method(self) -> tuple:
+        """What decides, beside the vocabulary, which ids a text gets."""
         names = ("type", "merges", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
         model = [self.model.get(name) or None for name in names]  # Hugging Face's files write "" for what is unset in others
         splitters = [{name: value for name, value in splitter.items() if name != "trim_offsets"} for splitter in self.splitters]
@@ -68,14 +68,14 @@ class Description:
             and not self.splitters[0].get("add_prefix_space")
             and not (self.model.get("unk_token") or self.model.get("byte_fallback") or self.model.get("dropout"))
             and self.decoders == ["ByteLevel"]
-            and all(character in self.model["vocab"] for character in byte_characters())
+            and byte_of_character().keys() <= self.model["vocab"].keys()
         )
 
     @functools.cached_property
     def ids_are_bytes(self) -> bool:
         """Whether the ids are the text's UTF-8 bytes (kind `byte`)."""
         vocab = self.model["vocab"]
-        return self.byte_level and not self.model["merges"] and [vocab[c] for c in byte_characters()] == list(range(256))
+        return self.byte_level and not self.model["merges"] and byte_of_character().items() <= vocab.items()
 
     @functools.cached_property
     def loss_reason(self) -> str | None:
@@ -94,8 +94,5 @@ class Description:
         """What each id of a byte-level vocabulary stands for, special tokens left out; None for other tokenizers."""
         if not self.byte_level or any(not added["special"] for added in self.added_tokens):
             return None
-        tokens = {i: token for token, i in self.model["vocab"].items() if i not in self.special_ids}
-        if not set("".join(tokens.values())) <= set(byte_characters()):
-            return None
-        byte_of = str.maketrans("".join(byte_characters()), bytes(range(256)).decode("latin-1"))
-        return {i: token.translate(byte_of).encode("latin-1") for i, token in tokens.items()}
+        found = {i: bytes_of_token(token) for token, i in self.model["vocab"].items() if i not in self.special_ids}
+        return None if None in found.values() else found

@@ -4,12 +4,14 @@ import heapq
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import NamedTuple
 
 from utils import notice, parse_weighted
+
+from tokenizers.normalizers import Normalizer
 
 from formats.data_directory import SPLITS
 from preparation.cleaning import Cleaning
@@ -84,28 +86,29 @@ class Corpus:
         before, upto = (sum(weights[:n], Fraction(0)) / sum(weights) for n in (at, at + 1))
         return Limits(*(limit if limit == math.inf else round(limit * upto) - round(limit * before) for limit in self.limits))
 
-    def _kept(self, source: Iterable[str], normalize: Callable[[str], str]) -> Iterator[str]:
+    def _kept(self, source: Iterable[str], normalizer: Normalizer | None) -> Iterator[str]:
         for text in source:
-            text = normalize(self.cleaning.clean(text, Counter()))
+            text = self.cleaning.clean(text, Counter())
+            text = text if normalizer is None else normalizer.normalize_str(text)
             if self.cleaning.reason_to_drop(text) is None:
                 yield text
 
-    def training_texts(self, normalize: Callable[[str], str], train_bytes: int) -> Iterator[str]:
+    def training_texts(self, normalizer: Normalizer | None, train_bytes: int) -> Iterator[str]:
         """Training documents for a tokenizer to learn from, about train_bytes: a sample by content of all files, of datasets the beginning.
 
-        normalize: what the tokenizer will do to texts. Doesn't depend on the order of the files.
+        normalizer: what the tokenizer will do to texts. Doesn't depend on the order of the files.
         """
         held_out: set[int] = set()
         for group in self.groups:
             if group.split is None:
-                yield from self._sample(group, normalize, train_bytes, held_out).texts()
+                yield from self._sample(group, normalizer, train_bytes, held_out).texts()
             else:
-                for number, text in enumerate(self._kept(group.documents(), normalize), 1):
+                for number, text in enumerate(self._kept(group.documents(), normalizer), 1):
                     held_out.add(document_key(text, self.seed))
                     if number >= self.limits.documents:
                         break
 
-    def _sample(self, group: Group, normalize: Callable[[str], str], train_bytes: int, held_out: set[int]) -> "DocumentSample":
+    def _sample(self, group: Group, normalizer: Normalizer | None, train_bytes: int, held_out: set[int]) -> "DocumentSample":
         """A sample of what a group gives to train, without documents whose keys are held out."""
         if group.weight is not None:
             train_bytes = int(train_bytes * group.weight / sum(self.weights))
@@ -114,7 +117,7 @@ class Corpus:
         documents = size = 0
         for source in group.sources:
             before = size
-            for text in self._kept(source, normalize):
+            for text in self._kept(source, normalizer):
                 key = document_key(text, self.seed)
                 if key in held_out:
                     continue
@@ -128,10 +131,10 @@ class Corpus:
                     break  # reading on would download all of it twice
         return sample
 
-    def held_out_texts(self, normalize: Callable[[str], str], limit: int) -> Iterator[str]:
+    def held_out_texts(self, normalizer: Normalizer | None, limit: int) -> Iterator[str]:
         """Documents (or parts) that go to val, until they have `limit` characters."""
         for group in self.groups:
-            for text in self._kept(group.documents(), normalize):
+            for text in self._kept(group.documents(), normalizer):
                 for part in (part for split, part in group.splitting.parts(text) if split == "val"):
                     yield part[:limit]
                     limit -= len(part)
@@ -164,7 +167,7 @@ class Corpus:
 class SampleCorpus(Corpus):
     """The sample corpus: three independent seeded streams of stories, neither cleaned nor filtered, so that their entropy stays known."""
 
-    def training_texts(self, normalize: Callable[[str], str], train_bytes: int) -> Iterator[str]:
+    def training_texts(self, normalizer: Normalizer | None, train_bytes: int) -> Iterator[str]:
         """The first training stories, train_bytes characters in all: each story is drawn independently."""
         for text in self.groups[0].documents():
             yield text[:train_bytes]
