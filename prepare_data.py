@@ -25,12 +25,11 @@ from tqdm import tqdm
 from formats.data_directory import ENTROPY, META, SPLITS, DataDirectory, DataDirectoryWriter
 from formats.tokenizer import EOT, KINDS, TextTokenizer, load_tokenizer
 from preparation import portrait
-from preparation.cleaning import Cleaning
+from preparation.cleaning import Cleaning, Splitting
 from preparation.corpus import SAMPLE_CLEANING, Corpus, Limits, open_corpus, open_sample_corpus
 from preparation.encoding import DocumentEncoder, Recipe
 from preparation.selection import Selection, largest_mixture
 from preparation.sources import Format
-from preparation.splits import Splitting
 from preparation.tokenizer_kinds import TRAINED, make_tokenizer, text_normalizer
 
 SAMPLE_VOCAB_SIZE = 1500

@@ -15,12 +15,10 @@ from utils import Checked, Count, notice, read_command_line, run_script, write_t
 
 import numpy as np
 
-from formats.tokenizer import EOT, TextTokenizer, gpt2_tokenizer
-from formats.tokenizer_description import bytes_of_token
-from preparation.cleaning import Cleaning
+from formats.tokenizer import EOT, TextTokenizer, bytes_of_token, gpt2_tokenizer
+from preparation.cleaning import Cleaning, Splitting
 from preparation.corpus import Limits, open_corpus
 from preparation.sources import Format
-from preparation.splits import Splitting
 from preparation.tokenizer_kinds import TRAINED, make_tokenizer, text_normalizer
 
 SEED = 1337

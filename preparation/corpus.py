@@ -14,11 +14,9 @@ from utils import notice, parse_weighted
 from tokenizers.normalizers import Normalizer
 
 from formats.data_directory import SPLITS
-from preparation.cleaning import Cleaning
-from preparation.hub import open_dataset
+from preparation.cleaning import Cleaning, Splitting, document_key
 from preparation.sample_corpus import SampleStories, load_grammar
-from preparation.sources import File, Format, Source, find_files
-from preparation.splits import Splitting, document_key
+from preparation.sources import File, Format, Source, find_files, open_dataset
 
 POSITION_BELOW = 100  # fewer documents than this are split by position
 BYTES_PER_TOKEN = 4  # of an ordinary tokenizer, where only a limit in tokens is known

@@ -16,9 +16,8 @@ import numpy as np
 
 from formats.data_directory import SPLITS
 from formats.tokenizer import TextTokenizer
-from preparation.cleaning import Cleaning
+from preparation.cleaning import Cleaning, Splitting, document_key
 from preparation.corpus import Group
-from preparation.splits import Splitting, document_key
 
 BATCH_CHARACTERS = 2**20
 

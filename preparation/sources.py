@@ -1,4 +1,4 @@
-"""Where documents come from: what every source can do, and text, JSON, CSV and Parquet files, also compressed. Doesn't import torch."""
+"""Where documents come from: text, JSON, CSV and Parquet files, also compressed, and datasets. Doesn't import torch."""
 
 import abc
 import bz2
@@ -14,6 +14,9 @@ import lzma
 import math
 import os
 import re
+import threading
+import urllib.error
+import urllib.request
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -25,6 +28,7 @@ from utils import notice
 from formats.tokenizer import EOT
 
 CHUNK_BYTES = 2**20
+HUB_SECONDS = 6  # how long the hub may take to answer
 MAX_DOCUMENT = 2**26  # characters; a longer text is cut into documents at line ends, so that memory stays bounded
 REPLACED, CUT = "bytes that are not UTF-8", "cut into documents for their length"  # what may have to be mended
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -324,3 +328,66 @@ def find_files(names: Iterable[str], form: Format) -> list[File]:
     if empty:
         raise ValueError(f"empty input: {', '.join(empty)}; leave it out or give a file with text")
     return [(kind_of(path) or TextFile)(path, form) for path in paths.values()]
+
+
+# ---------------------------------------------------------------- datasets
+
+
+class HubSplit(Source):
+    """One split of a `datasets` dataset, streamed. rows: its rows, a mapping of columns each."""
+
+    streamed = True
+
+    def __init__(self, name: str, split: str, rows: Iterable[dict], form: Format):
+        super().__init__(f"{name}:{split}", form)
+        self.rows = rows
+        self.read: dict = {}  # bytes and sha256 of the text, once the whole split was read
+
+    def documents(self) -> Iterator[str]:
+        digest, size = hashlib.sha256(), 0
+        for number, row in enumerate(self.rows, 1):
+            text = self.text_of(row, f"row {number}")
+            digest.update(text.encode())
+            size += len(text.encode())
+            yield text
+        self.read = {"bytes": size, "sha256": digest.hexdigest()}
+
+    def describe(self) -> dict:
+        return {"name": self.name} | self.read
+
+
+def hub_answers() -> bool:
+    """Whether the hub can be reached, decided within seconds: `datasets` itself would try for half a minute."""
+    answered = threading.Event()
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=HUB_SECONDS).close()
+        except urllib.error.HTTPError:
+            pass  # any answer will do
+        except (OSError, ValueError):
+            return
+        answered.set()
+
+    thread = threading.Thread(target=ask, daemon=True)  # looking up a name may hang beyond the timeout
+    thread.start()
+    thread.join(HUB_SECONDS)
+    return answered.is_set()
+
+
+def open_dataset(name: str, config: str | None, form: Format) -> dict[str, HubSplit]:
+    """The splits of a hub dataset or a local dataset folder, streamed. Raises ValueError if it can't be had."""
+    if not Path(name).exists() and not hub_answers():
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read when datasets is imported; what was downloaded before can still be had
+    import datasets
+
+    try:
+        splits = datasets.load_dataset(name, config, streaming=True)
+    except Exception as error:  # datasets passes on the errors of many libraries
+        reason = " ".join(str(error).split())[:200]
+        advice = "without network use --sample, or --input with your own files"
+        raise ValueError(f"the dataset {name!r} can't be had ({type(error).__name__}: {reason}); {advice}") from None
+    if "train" not in splits:
+        raise ValueError(f"the dataset {name!r} has no train split, only {', '.join(splits)}; download it and use --input")
+    return {split: HubSplit(name, split, rows, form) for split, rows in splits.items()}

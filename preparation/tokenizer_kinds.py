@@ -5,11 +5,10 @@ from collections.abc import Iterable
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers.normalizers import Normalizer
 
-from formats.tokenizer import EOT, MAX_VOCAB_SIZE, PADDING, UNKNOWN, TextTokenizer, byte_level, gpt2_tokenizer, load_tokenizer
-from formats.tokenizer_description import byte_of_character
+from formats.tokenizer import BYTE_OF, EOT, MAX_VOCAB_SIZE, PADDING, UNKNOWN, TextTokenizer, byte_level, gpt2_tokenizer, load_tokenizer
 
 SPECIAL = (EOT, UNKNOWN, PADDING)  # of the kinds that don't know every text
-ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+ALPHABET = sorted(BYTE_OF)
 SMALLEST = {"bpe": 257, "wordpiece": 515, "word": 4}  # all bytes (wordpiece: at a word's beginning and inside) and the special tokens
 
 
@@ -52,7 +51,7 @@ def train_word(texts: Iterable[str], vocab_size: int, normalizer: Normalizer | N
 
 def byte_tokenizer(normalizer: Normalizer | None = None) -> TextTokenizer:
     """Each UTF-8 byte is its own id 0..255; `<|endoftext|>` is 256."""
-    return _finish(byte_level(models.BPE(byte_of_character(), []), normalizer))
+    return _finish(byte_level(models.BPE(BYTE_OF, []), normalizer))
 
 
 def char_tokenizer(texts: Iterable[str], normalizer: Normalizer | None = None) -> TextTokenizer:

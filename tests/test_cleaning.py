@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 import prepare_data
 from formats.data_directory import DataDirectory
 from formats.tokenizer import EOT
-from preparation.cleaning import Cleaning, skeleton
+from preparation.cleaning import Cleaning, document_key, skeleton, split_by_hash
 from preparation.corpus import DocumentSample
 from preparation.selection import KeySet
-from preparation.splits import document_key, split_by_hash
 from preparation.tokenizer_kinds import text_normalizer
 from prepare_data import Arguments
 from tests.runs import documents, write_stories

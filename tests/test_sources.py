@@ -20,8 +20,7 @@ import prepare_data
 from formats.data_directory import DataDirectory
 from formats.tokenizer import EOT
 from preparation import corpus, sources
-from preparation.hub import HubSplit
-from preparation.sources import CUT, REPLACED, Format, find_files
+from preparation.sources import CUT, REPLACED, Format, HubSplit, find_files
 from tests.runs import documents, write_stories
 from tests.test_prepare import STORIES
 
