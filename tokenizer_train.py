@@ -7,7 +7,7 @@ python prepare_data.py --input stories.txt --tokenizer tokenizer.json
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +15,7 @@ from utils import Checked, Count, notice, read_command_line, run_script, write_t
 
 import numpy as np
 
-from formats.tokenizer import EOT, TextTokenizer, bytes_of_token, gpt2_tokenizer
+from formats.tokenizer import TextTokenizer, bytes_of_token, gpt2_tokenizer
 from preparation.cleaning import Cleaning, Splitting
 from preparation.corpus import Limits, open_corpus
 from preparation.sources import Format
@@ -39,12 +39,7 @@ class Arguments(Checked):
     """Number of tokens of bpe, wordpiece and word, special tokens included."""
     output: str = "tokenizer.json"
     """The file to write."""
-    separator: str = EOT
-    """What stands between two documents of a text file."""
-    text_field: str = "text"
-    """Key or column that holds the text, in files that have such."""
-    errors: Literal["strict", "replace"] = "strict"
-    """What is not UTF-8: strict ends with file and byte, replace reads on with U+FFFD in its place."""
+    form: Format = field(default_factory=Format)
     train_bytes: Count = 50_000_000
     """Learn from a sample of at most this much text."""
     lowercase: bool = False
@@ -62,8 +57,6 @@ class Arguments(Checked):
             problems.append("--show TEXT and --tokenizer PATH belong together")
         elif (self.show is None) == (not self.input):
             problems.append("give either --input FILE... to train on, or --show TEXT --tokenizer PATH")
-        if not self.separator:
-            problems.append("separator='' must not be empty")
         return problems
 
 
@@ -133,8 +126,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.show is not None:
         show(make_tokenizer(args.tokenizer, (), 0), args.show)
         return 0
-    form, splitting = Format(args.separator, args.text_field, args.errors), Splitting("auto", SEED, HELD_OUT)
-    corpus = open_corpus({"input": args.input}, form, splitting, Cleaning(), Limits())
+    corpus = open_corpus({"input": args.input}, args.form, Splitting("auto", SEED, HELD_OUT), Cleaning(), Limits())
     normalizer = text_normalizer(args.lowercase, args.nfc)
     texts = corpus.training_texts(normalizer, args.train_bytes)
     first = beginning(texts, USED_CHARACTERS)  # kept for the report

@@ -139,10 +139,6 @@ class Corpus:
                     if limit <= 0:
                         return
 
-    def entropy(self) -> dict[str, list[float]] | None:
-        """Bits of each document of a split under what wrote it, known once all is read; None where nobody knows."""
-        return None
-
     def describe(self) -> dict:
         """What meta.json tells about sources and splits."""
         sources, splitting = [], self.groups[-1].splitting
@@ -172,9 +168,6 @@ class SampleCorpus(Corpus):
             train_bytes -= len(text)
             if train_bytes <= 0:
                 return
-
-    def entropy(self) -> dict[str, list[float]]:
-        return {group.split: group.sources[0].bits for group in self.groups}
 
     def describe(self) -> dict:
         stories = [group.sources[0] for group in self.groups]

@@ -55,27 +55,16 @@ class Selection:
         return 0 if self.full else self.room[self.group.split or "train"][0]
 
     def keep(self, encoded: Encoded) -> list[Kept]:
-        """What is kept of some documents."""
-        fresh = self.seen.fresh(encoded.keys) if self.deduplicate else np.ones(len(encoded.keys), bool)
-        leaked = self.held_out.contains(encoded.keys) if self.group.split is None else np.zeros(len(fresh), bool)
+        """What is kept of some documents. Only those are looked at that come before the split that ends the group is full."""
+        keys, split = encoded.keys, self.group.split or "train"
+        fresh = self.seen.fresh(keys) if self.deduplicate else np.ones(len(keys), bool)
+        leaked = self.held_out.contains(keys) if self.group.split is None else np.zeros(len(keys), bool)
         ok = (fresh & ~leaked)[encoded.document]
-        used = self._documents_until_full(encoded, ok)
-        ok &= encoded.document < used
-        self._remember(encoded, used, fresh, leaked)
-        of_splits = ((split, ok & (encoded.split == i)) for i, split in enumerate(SPLITS))
-        return [self._fit(split, encoded, mine) for split, mine in of_splits if mine.any()]
-
-    def _documents_until_full(self, encoded: Encoded, ok: np.ndarray) -> int:
-        """How many of the documents are looked at before the split that ends the group is full: all of them if it stays open."""
-        split = self.group.split or "train"
         mine = ok & (encoded.split == SPLITS.index(split))
         filled = (_amounts(encoded, mine).cumsum(0) >= self.room[split]).any(1)
         self.full = bool(filled.any())
-        return int(encoded.document[mine][filled.argmax()]) + 1 if self.full else len(encoded.keys)
-
-    def _remember(self, encoded: Encoded, used: int, fresh: np.ndarray, leaked: np.ndarray) -> None:
-        """Count what is dropped of the documents that are looked at, and remember their keys."""
-        keys, fresh, leaked = encoded.keys[:used], fresh[:used], leaked[:used]
+        used = int(encoded.document[mine][filled.argmax()]) + 1 if self.full else len(keys)
+        keys, fresh, leaked = keys[:used], fresh[:used], leaked[:used]
         self.counts += encoded.counts
         self.counts["in val or test already"] += int(leaked.sum())
         self.counts["duplicates"] += int((~fresh & ~leaked).sum())
@@ -83,6 +72,9 @@ class Selection:
             self.seen.add(keys[fresh])
         if self.group.split in ("val", "test"):
             self.held_out.add(keys[~self.held_out.contains(keys)])
+        ok &= encoded.document < used
+        of_splits = ((name, ok & (encoded.split == i)) for i, name in enumerate(SPLITS))
+        return [self._fit(name, encoded, of_split) for name, of_split in of_splits if of_split.any()]
 
     def _fit(self, split: str, encoded: Encoded, mine: np.ndarray) -> Kept:
         """As much of the parts `mine` (parts,) bool as the split has room for."""

@@ -22,8 +22,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from utils import notice
+from utils import Checked, notice
 
 from formats.tokenizer import EOT
 
@@ -35,12 +36,18 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
-class Format:
-    """How sources are read, as prepare_data.py's flags of these names say."""
+class Format(Checked):
+    """How sources are read."""
 
     separator: str = EOT
+    """What stands between two documents in a text file."""
     text_field: str = "text"
-    errors: str = "strict"
+    """Key or column that holds the text, in files and datasets that have such."""
+    errors: Literal["strict", "replace"] = "strict"
+    """What is not UTF-8: strict ends with file and byte, replace reads on with U+FFFD in its place and counts."""
+
+    def problems(self) -> list[str]:
+        return [] if self.separator else ["separator='' must not be empty"]
 
 
 class Source(abc.ABC):
@@ -127,7 +134,7 @@ class File(Source):
 
     def chunks(self) -> Iterator[str]:
         """The file's text in pieces, without a byte order mark."""
-        decoder, offset = codecs.getincrementaldecoder("utf-8")(), 0
+        decoder, offset = codecs.getincrementaldecoder("utf-8")(self.form.errors), 0
         with self.open() as file:
             while True:
                 try:
@@ -136,27 +143,18 @@ class File(Source):
                     if not self.compressed:
                         raise
                     raise ValueError(f"{self.path} is cut off or damaged after {offset} bytes of text ({error}); get it again") from None
-                text = self._decode(decoder, chunk, offset)
+                data = decoder.getstate()[0] + chunk  # with the beginning of a character, where the last chunk ended within it
+                try:
+                    text = decoder.decode(chunk, final=not chunk)
+                except UnicodeDecodeError as error:
+                    at, advice = offset + len(chunk) - len(data) + error.start, "convert it, e.g. with: iconv -t UTF-8"
+                    replacing = "or pass --errors replace to read on with U+FFFD in its place"
+                    raise ValueError(f"{self.path} is not UTF-8 text (byte {at}); {advice}, {replacing}") from None
+                self.mended[REPLACED] += text.count("\ufffd") - data.count("\ufffd".encode())
                 yield text.removeprefix("\ufeff") if offset == 0 else text
                 offset += len(chunk)
                 if not chunk:
                     return
-
-    def _decode(self, decoder: codecs.IncrementalDecoder, chunk: bytes, offset: int) -> str:
-        text, rest = "", chunk
-        while True:
-            try:
-                return text + decoder.decode(rest, final=not chunk)
-            except UnicodeDecodeError as error:
-                at = offset + len(chunk) - len(error.object) + error.start
-                if self.form.errors == "strict":
-                    raise ValueError(
-                        f"{self.path} is not UTF-8 text (byte {at}); convert it, e.g. with: iconv -t UTF-8, "
-                        "or pass --errors replace to read on with U+FFFD in its place"
-                    ) from None
-                self.mended[REPLACED] += 1
-                decoder.reset()
-                text, rest = text + error.object[: error.start].decode() + "\ufffd", error.object[error.end :]
 
     def split(self, separator: str, longest: float = math.inf) -> Iterator[tuple[str, str]]:
         """The text's parts, and what ends each: separator, end (of the file) or cut, at a line end or space of a part beyond `longest`."""

@@ -14,6 +14,7 @@ from formats.tokenizer import EOT
 from preparation.cleaning import Cleaning, document_key, skeleton, split_by_hash
 from preparation.corpus import DocumentSample
 from preparation.selection import KeySet
+from preparation.sources import Format
 from preparation.tokenizer_kinds import text_normalizer
 from prepare_data import Arguments
 from tests.runs import documents, write_stories
@@ -257,7 +258,7 @@ def test_bytes_that_are_not_utf8_are_counted_once(tmp_path):
     for name in "ab":
         (tmp_path / f"{name}.txt").write_bytes(EOT.join(f"{name} {text}" for text in STORIES).encode() + b" \xff end")
     inputs = (f"{tmp_path}/a.txt", f"{tmp_path}/b.txt")
-    meta = prepared(tmp_path, {}, input=inputs, errors="replace", tokenizer="bpe", vocab_size=300)
+    meta = prepared(tmp_path, {}, input=inputs, form=Format(errors="replace"), tokenizer="bpe", vocab_size=300)
     assert meta["counts"] == {"bytes that are not UTF-8": 2} and meta["made_with"]["errors"] == "replace"
 
 
