@@ -136,9 +136,6 @@ def prepare(args: Arguments) -> dict:
         return writer.commit(tokenizer, *describe(args, corpus, selection, writer))
 
 
-# ---------------------------------------------------------------- its steps
-
-
 def find_corpus(args: Arguments) -> Corpus:
     if args.sample:
         return open_sample_corpus(args.seed, args.sample_stories)
@@ -153,10 +150,7 @@ def choose_tokenizer(args: Arguments, corpus: Corpus) -> TextTokenizer:
         notice(f"--vocab_size and --train_bytes have no effect with the {args.kind} tokenizer")
     lowercase, nfc, asked = args.cleaning.lowercase, args.cleaning.nfc, recorded(args)["made_with"]["vocab_size"]
     limit = args.train_bytes or (SAMPLE_TRAIN_BYTES if args.sample else TRAIN_BYTES)
-    tokenizer = make_tokenizer(args.kind, corpus.training_texts(text_normalizer(lowercase, nfc), limit), asked, lowercase, nfc)
-    if asked is not None and tokenizer.vocab_size < asked:
-        notice(f"the text gives only {tokenizer.vocab_size} tokens of the {asked} asked for")
-    return tokenizer
+    return make_tokenizer(args.kind, corpus.training_texts(text_normalizer(lowercase, nfc), limit), asked, lowercase, nfc)
 
 
 def recorded(args: Arguments) -> dict:

@@ -133,8 +133,6 @@ def main(argv: list[str] | None = None) -> int:
     if not first:
         raise ValueError(f"{', '.join(args.input)} holds no text; give files with some")
     tokenizer = make_tokenizer(args.kind, itertools.chain(first, texts), args.vocab_size, args.lowercase, args.nfc)
-    if args.kind in TRAINED and tokenizer.vocab_size < args.vocab_size:
-        notice(f"the text gives only {tokenizer.vocab_size} tokens of the {args.vocab_size} asked for")
     if args.kind not in TRAINED and args.vocab_size != Arguments.vocab_size:
         notice(f"--vocab_size has no effect with the {args.kind} tokenizer")
     output = Path(args.output)

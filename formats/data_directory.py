@@ -34,11 +34,11 @@ GPT2_LARGEST_IDS = range(1000, 50_257)  # of token files that may be GPT-2's; na
 # ---------------------------------------------------------------- writing
 
 
-class DataDirectoryWriter:
+class DataDirectoryWriter(contextlib.AbstractContextManager):
     """Writes a data directory so that a crash at any moment leaves the old one or the new one.
 
     Files are written as *.new and made durable; then commit.json says that all are complete; then they are renamed, meta.json last.
-    A context manager; leaving it without `commit` discards what was written. Other files in the directory stay untouched.
+    Leaving the context without `commit` discards what was written. Other files in the directory stay untouched.
     """
 
     def __init__(self, directory: Path):
@@ -93,9 +93,6 @@ class DataDirectoryWriter:
         write_json(self.directory / COMMIT, {"new": new, "remove": [name for name in OUR_FILES if name not in new]})
         finish_commit(self.directory)
         return meta
-
-    def __enter__(self) -> "DataDirectoryWriter":
-        return self
 
     def __exit__(self, *_) -> None:
         for file in self.files.values():

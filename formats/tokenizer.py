@@ -44,9 +44,7 @@ def bytes_of_token(token: str) -> bytes | None:
 
 def _parts(component: dict | None, key: str) -> list[dict]:
     """The parts of a component: none, itself, or those of a Sequence, which stand under `key`."""
-    if component is None:
-        return []
-    return component[key] if component["type"] == "Sequence" else [component]
+    return [] if component is None else component[key] if component["type"] == "Sequence" else [component]
 
 
 class Description:
@@ -96,8 +94,7 @@ class Description:
     @functools.cached_property
     def ids_are_bytes(self) -> bool:
         """Whether the ids are the text's UTF-8 bytes (kind `byte`)."""
-        vocab = self.model["vocab"]
-        return self.byte_level and not self.model["merges"] and BYTE_OF.items() <= vocab.items()
+        return self.byte_level and not self.model["merges"] and BYTE_OF.items() <= self.model["vocab"].items()
 
     @functools.cached_property
     def loss_reason(self) -> str | None:

@@ -88,9 +88,6 @@ def _whitespace(text: str) -> str:
 CHANGES = {"fix_mojibake": _fix_mojibake, "remove_control": lambda text: CONTROL.sub("", text), "whitespace": _whitespace}  # in order
 
 
-# ---------------------------------------------------------------- splits
-
-
 def document_key(text: str, seed: int) -> int:
     """64 bits that stand for a document's exact content, in a way that depends on the seed."""
     return xxhash.xxh3_64_intdigest(text.encode(), seed % 2**64)

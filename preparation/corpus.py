@@ -58,6 +58,15 @@ class Group:
         return ", ".join(source.name for source in self.sources[:3]) + ("..." if len(self.sources) > 3 else "")
 
 
+def _first(texts: Iterable[str], limit: int) -> Iterator[str]:
+    """The first texts, `limit` characters in all."""
+    for text in texts:
+        yield text[:limit]
+        limit -= len(text)
+        if limit <= 0:
+            return
+
+
 @dataclass(frozen=True)
 class Corpus:
     """All sources with their splits, in a fixed order; can be read several times. `open_corpus` makes one.
@@ -130,14 +139,9 @@ class Corpus:
         return sample
 
     def held_out_texts(self, normalizer: Normalizer | None, limit: int) -> Iterator[str]:
-        """Documents (or parts) that go to val, until they have `limit` characters."""
-        for group in self.groups:
-            for text in self._kept(group.documents(), normalizer):
-                for part in (part for split, part in group.splitting.parts(text) if split == "val"):
-                    yield part[:limit]
-                    limit -= len(part)
-                    if limit <= 0:
-                        return
+        """Documents (or parts) that go to val, `limit` characters in all."""
+        kept = ((group, text) for group in self.groups for text in self._kept(group.documents(), normalizer))
+        yield from _first((part for group, text in kept for split, part in group.splitting.parts(text) if split == "val"), limit)
 
     def describe(self) -> dict:
         """What meta.json tells about sources and splits."""
@@ -162,21 +166,14 @@ class SampleCorpus(Corpus):
     """The sample corpus: three independent seeded streams of stories, neither cleaned nor filtered, so that their entropy stays known."""
 
     def training_texts(self, normalizer: Normalizer | None, train_bytes: int) -> Iterator[str]:
-        """The first training stories, train_bytes characters in all: each story is drawn independently."""
-        for text in self.groups[0].documents():
-            yield text[:train_bytes]
-            train_bytes -= len(text)
-            if train_bytes <= 0:
-                return
+        """The first training stories: each story is drawn independently."""
+        yield from _first(self.groups[0].documents(), train_bytes)
 
     def describe(self) -> dict:
         stories = [group.sources[0] for group in self.groups]
         grammar = stories[0].describe()
         split = {"rule": "sample"} | {source.split: source.count for source in stories}
         return {"sources": [grammar], "split": split, "sample": {"grammar_sha256": grammar["sha256"]}}
-
-
-# ---------------------------------------------------------------- opening
 
 
 def open_sample_corpus(seed: int, train_stories: int) -> SampleCorpus:
@@ -231,9 +228,6 @@ def choose_rule(group: Group, splitting: Splitting, most_documents: float) -> st
         advice = "each is split by position, its end for val and test; --split hash keeps them whole"
         notice(f"{which}fewer than {POSITION_BELOW} documents: {advice}")
     return "position"
-
-
-# ---------------------------------------------------------------- samples
 
 
 class DocumentSample:

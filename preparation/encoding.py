@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -57,9 +58,8 @@ class Recipe:
             if reason is not None:
                 counts[reason] += 1
                 continue
-            for odd, name in (("\0", "contain NUL"), ("\r", "contain CR")):
-                if odd in text:
-                    counts[name] += 1
+            counts["contain NUL"] += "\0" in text
+            counts["contain CR"] += "\r" in text
             for name, part in splitting.parts(text):
                 document.append(len(keys))
                 split.append(SPLITS.index(name))
@@ -89,18 +89,14 @@ def _encode_in_worker(splitting: Splitting, texts: list[str], mended: Counter) -
     return multiprocessing.current_process().recipe.encode(splitting, texts, mended)
 
 
-class DocumentEncoder:
+class DocumentEncoder(contextlib.AbstractContextManager):
     """Encodes documents in `workers` processes, or in this one if it is one. A context manager."""
 
     def __init__(self, recipe: Recipe, workers: int):
-        self.recipe, self.workers = recipe, workers
-        self.pool = None
+        self.recipe, self.workers, self.pool = recipe, workers, None
         if workers > 1:
             recipe.tokenizer.encode("")  # builds what encoding needs, so that forked processes find it
             self.pool = concurrent.futures.ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(recipe,))
-
-    def __enter__(self) -> "DocumentEncoder":
-        return self
 
     def __exit__(self, *_) -> None:
         if self.pool is not None:

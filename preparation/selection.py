@@ -141,9 +141,6 @@ def largest_mixture(corpus: Corpus, encoder: DocumentEncoder) -> Limits:
     return Limits(tokens=int(min(Fraction(count) / share for count, share in zip(tokens, shares))))
 
 
-# ---------------------------------------------------------------- sets of documents
-
-
 class KeySet:
     """A set of 64-bit keys in little memory: sorted runs, each at least twice as long as the next."""
 

@@ -101,7 +101,7 @@ class Source(abc.ABC):
         return text
 
 
-def open_zst(path: Path) -> io.RawIOBase:
+def open_zst(path: Path, mode: str) -> io.RawIOBase:
     import pyarrow  # comes with datasets
 
     return pyarrow.input_stream(str(path), compression="zstd")
@@ -130,7 +130,7 @@ class File(Source):
         return str(self.path.resolve())
 
     def open(self):
-        return COMPRESSED[self.path.suffix.lower()](self.path) if self.compressed else open(self.path, "rb")
+        return COMPRESSED.get(self.path.suffix.lower(), open)(self.path, "rb")
 
     def chunks(self) -> Iterator[str]:
         """The file's text in pieces, without a byte order mark."""

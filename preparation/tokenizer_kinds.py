@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable
 
+from utils import notice
+
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers.normalizers import Normalizer
 
@@ -93,7 +95,10 @@ def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int, lowercase: 
             needs = "all bytes and the special tokens" if kind != "word" else "the special tokens and a word"
             limits = f"between {SMALLEST[kind]} ({needs}) and {MAX_VOCAB_SIZE} (uint16 token files)"
             raise ValueError(f"vocab_size={vocab_size} must be {limits} for {kind}")
-        return TRAINED[kind](texts, vocab_size, normalizer)
+        tokenizer = TRAINED[kind](texts, vocab_size, normalizer)
+        if tokenizer.vocab_size < vocab_size:
+            notice(f"the text gives only {tokenizer.vocab_size} tokens of the {vocab_size} asked for")
+        return tokenizer
     if kind == "char":
         return char_tokenizer(texts, normalizer)
     if kind == "byte":

@@ -246,7 +246,7 @@ def test_what_lies_behind_a_limit_changes_nothing(tmp_path, monkeypatch, limit):
         with open(tmp_path / "a.txt", "ab") as file:
             file.write(b"\xff\xff")
         write_stories(tmp_path / "b.txt", STORIES[::-1])
-        shares = {"input": (f"{tmp_path}/a.txt:1", f"{tmp_path}/b.txt:1"), "errors": "replace", "num_workers": workers}
+        shares = {"input": (f"{tmp_path}/a.txt:1", f"{tmp_path}/b.txt:1"), "form": Format(errors="replace"), "num_workers": workers}
         results.append(prepared(tmp_path, {}, f"d{i}", **shares, **limit))
     assert results[0] == results[1] == results[2]
     first = documents(tmp_path / "d0", "train")
