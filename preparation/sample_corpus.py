@@ -146,7 +146,7 @@ class SampleStories(Source):
         self.text_bytes = STORY_BYTES * count  # near enough for a progress bar
         self.bits: list[float] = []
 
-    def documents(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[str]:
         self.bits = []
         for text, log2p in stories(self.grammar, self.seed, self.split, self.count):
             self.bits.append(-log2p)

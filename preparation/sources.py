@@ -54,33 +54,24 @@ class Source(abc.ABC):
     """Documents in a fixed order, which can be read several times.
 
     name: for people and meta.json. text_bytes: size of the text, None where that isn't known before reading. streamed: whether each reading
-    is a download. mended: what the last reading had to replace or cut.
+    is a download. identity: equal for two sources that read the same. mended: what reading had to replace or cut so far.
     """
 
     text_bytes: int | None = None
     streamed = False
 
     def __init__(self, name: str, form: Format):
-        self.name, self.form = name, form
+        self.name = self.identity = name
+        self.form = form
         self.mended: Counter = Counter()
 
+    @abc.abstractmethod
     def __iter__(self) -> Iterator[str]:
         """Documents in order. Raises ValueError for what can't be read."""
-        self.mended.clear()
-        yield from self.documents()
-
-    @abc.abstractmethod
-    def documents(self) -> Iterator[str]:
-        """What `__iter__` gives; counts in `mended`."""
 
     @abc.abstractmethod
     def describe(self) -> dict:
         """What meta.json tells about it."""
-
-    @property
-    def identity(self) -> str:
-        """Equal for two sources that read the same."""
-        return self.name
 
     def text_of(self, value, where: str) -> str:
         """The text of a row, a mapping or the text itself; None counts as an empty document."""
@@ -118,16 +109,13 @@ class File(Source):
 
     def __init__(self, path: Path, form: Format):
         super().__init__(str(path), form)
+        self.identity = str(path.resolve())
         self.path, self.size = path, path.stat().st_size
         self.compressed = path.suffix.lower() in COMPRESSED
 
     @property
     def text_bytes(self) -> int | None:
         return None if self.compressed else self.size
-
-    @property
-    def identity(self) -> str:
-        return str(self.path.resolve())
 
     def open(self):
         return COMPRESSED.get(self.path.suffix.lower(), open)(self.path, "rb")
@@ -180,7 +168,7 @@ class File(Source):
 class TextFile(File):
     """Documents with a separator between them, without the line ends next to it; without any, the file is one document."""
 
-    def documents(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[str]:
         separated = False
         for text, end in self.split(self.form.separator, MAX_DOCUMENT):
             separated |= end == "separator"
@@ -192,7 +180,7 @@ class TextFile(File):
 class JsonLines(File):
     """One JSON value a line: objects with a text field, or texts."""
 
-    def documents(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[str]:
         for number, (line, _) in enumerate(self.split("\n"), 1):
             if line.strip():
                 try:
@@ -207,7 +195,7 @@ class Json(File):
 
     SKIP = re.compile(r"[\s,]*")
 
-    def documents(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[str]:
         decoder, rest, number, in_list, wanted = json.JSONDecoder(), "", 0, None, 0
         for text in itertools.chain(self.chunks(), [None]):
             rest += text or ""
@@ -240,7 +228,7 @@ class Json(File):
 class Csv(File):
     """A table with a header line, fields separated by commas, or by tabs in .tsv files."""
 
-    def documents(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[str]:
         csv.field_size_limit(2**31 - 1)
         delimiter = "\t" if ".tsv" in self.path.suffixes else ","
         rows = csv.DictReader((line + "\n" for line, _ in self.split("\n")), delimiter=delimiter, strict=True)
@@ -257,7 +245,7 @@ class Parquet(File):
 
     text_bytes = None
 
-    def documents(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[str]:
         import pyarrow
         import pyarrow.parquet
 
@@ -341,7 +329,7 @@ class HubSplit(Source):
         self.rows = rows
         self.read: dict = {}  # bytes and sha256 of the text, once the whole split was read
 
-    def documents(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[str]:
         digest, size = hashlib.sha256(), 0
         for number, row in enumerate(self.rows, 1):
             text = self.text_of(row, f"row {number}")
