@@ -9,6 +9,7 @@ python prepare_data.py --dataset roneneldan/TinyStories --max_documents 100000 -
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import signal
 import sys
@@ -22,15 +23,14 @@ from annotated_types import Ge, Gt, Lt
 from tqdm import tqdm
 
 from formats.data_directory import ENTROPY, META, SPLITS, DataDirectory, DataDirectoryWriter
-from formats.tokenizer import EOT, KINDS, TextTokenizer, load_tokenizer
+from formats.tokenizer import KINDS, TextTokenizer, load_tokenizer
 from preparation import portrait
-from preparation.cleaning import Cleaning
+from preparation.cleaning import Cleaning, Splitting
 from preparation.corpus import SAMPLE_CLEANING, Corpus, Limits, open_corpus, open_sample_corpus
 from preparation.encoding import DocumentEncoder, Recipe
 from preparation.selection import Selection, largest_mixture
 from preparation.sources import Format
-from preparation.splits import Splitting
-from preparation.tokenizer_kinds import TRAINED, make_tokenizer, text_normalization
+from preparation.tokenizer_kinds import TRAINED, make_tokenizer, text_normalizer
 
 SAMPLE_VOCAB_SIZE = 1500
 SAMPLE_TRAIN_BYTES = 4_000_000  # enough to see every word of the grammar many times
@@ -62,12 +62,7 @@ class Arguments(Checked):
     """gpt2, bpe, wordpiece, word, char, byte, or a tokenizer.json. Default: gpt2; bpe for --sample."""
     vocab_size: Count | None = None
     """Number of tokens of a trained tokenizer (bpe, wordpiece, word). Default: 4096; 1500 for --sample."""
-    separator: str = EOT
-    """What stands between two documents in a text file."""
-    text_field: str = "text"
-    """Key or column that holds the text, in files that have such, and of --dataset."""
-    errors: Literal["strict", "replace"] = "strict"
-    """What is not UTF-8: strict ends with file and byte, replace reads on with U+FFFD in its place and counts."""
+    form: Format = dataclasses.field(default_factory=Format)
     max_documents: Count | None = None
     """No split gets more documents than this; reading stops when train has them."""
     max_bytes: Count | None = None
@@ -102,8 +97,6 @@ class Arguments(Checked):
             problems.append(f"--sample makes its own splits, of --sample_stories stories as they are; leave --{' --'.join(unfit)} out")
         if self.val_fraction + self.test_fraction >= 1:
             problems.append(f"val_fraction={self.val_fraction} and test_fraction={self.test_fraction} must add up to less than 1")
-        if not self.separator:
-            problems.append("separator='' must not be empty")
         if self.dataset_config is not None and len(self.dataset) != 1:
             problems.append("--dataset_config belongs to one --dataset")
         return problems
@@ -128,12 +121,11 @@ def prepare(args: Arguments) -> dict:
         DocumentEncoder(Recipe(tokenizer, corpus.cleaning, corpus.seed), workers) as encoder,
         tqdm(desc="encoding", total=total, unit="B", unit_scale=True, disable=None) as bar,
     ):
-        if corpus.weights and not corpus.limits:
+        if corpus.weights and corpus.limits == Limits():
             corpus = dataclasses.replace(corpus, limits=largest_mixture(corpus, encoder))
         for group in corpus.groups:
-            limits = corpus.limits_of(group)
-            selection.start(group, limits)
-            for encoded in encoder.encode(group, limits.documents, selection.wanted):
+            selection.start(group, corpus.limits_of(group))
+            for encoded in encoder.encode(group, selection.limits.documents, selection.wanted):
                 for kept in selection.keep(encoded):
                     writer.add(*kept)
                 bar.update(int(encoded.bytes.sum()))
@@ -144,22 +136,13 @@ def prepare(args: Arguments) -> dict:
         return writer.commit(tokenizer, *describe(args, corpus, selection, writer))
 
 
-# ---------------------------------------------------------------- its steps
-
-
 def find_corpus(args: Arguments) -> Corpus:
     if args.sample:
         return open_sample_corpus(args.seed, args.sample_stories)
-    return open_corpus(
-        args.input,
-        args.dataset,
-        {"val": args.val_input, "test": args.test_input},
-        Format(args.separator, args.text_field, args.errors),
-        Splitting(args.split, args.seed, args.val_fraction, args.test_fraction),
-        args.cleaning,
-        Limits(args.max_documents, args.max_bytes, args.max_tokens),
-        args.dataset_config,
-    )
+    named = {"input": args.input, "dataset": args.dataset, "val": args.val_input, "test": args.test_input}
+    splitting = Splitting(args.split, args.seed, args.val_fraction, args.test_fraction)
+    limits = Limits(*(limit or math.inf for limit in (args.max_documents, args.max_bytes, args.max_tokens)))
+    return open_corpus(named, args.form, splitting, args.cleaning, limits, args.dataset_config)
 
 
 def choose_tokenizer(args: Arguments, corpus: Corpus) -> TextTokenizer:
@@ -167,17 +150,15 @@ def choose_tokenizer(args: Arguments, corpus: Corpus) -> TextTokenizer:
         notice(f"--vocab_size and --train_bytes have no effect with the {args.kind} tokenizer")
     lowercase, nfc, asked = args.cleaning.lowercase, args.cleaning.nfc, recorded(args)["made_with"]["vocab_size"]
     limit = args.train_bytes or (SAMPLE_TRAIN_BYTES if args.sample else TRAIN_BYTES)
-    tokenizer = make_tokenizer(args.kind, corpus.training_texts(text_normalization(lowercase, nfc), limit), asked, lowercase, nfc)
-    if asked is not None and tokenizer.vocab_size < asked:
-        notice(f"the text gives only {tokenizer.vocab_size} tokens of the {asked} asked for")
-    return tokenizer
+    return make_tokenizer(args.kind, corpus.training_texts(text_normalizer(lowercase, nfc), limit), asked, lowercase, nfc)
 
 
 def recorded(args: Arguments) -> dict:
     """The choices that, with the sources' contents, determine the token files, as meta.json records them."""
     names = ("train_bytes", "separator", "split", "text_field", "errors", "max_documents", "max_bytes", "max_tokens")
+    values = vars(args) | vars(args.form)
     vocab_size = (args.vocab_size or (SAMPLE_VOCAB_SIZE if args.sample else VOCAB_SIZE)) if args.kind in TRAINED else None
-    choices = {"tokenizer": args.kind, "vocab_size": vocab_size} | {name: getattr(args, name) for name in names}
+    choices = {"tokenizer": args.kind, "vocab_size": vocab_size} | {name: values[name] for name in names}
     cleaning = SAMPLE_CLEANING if args.sample else args.cleaning
     return {"made_with": choices, "cleaning": dataclasses.asdict(cleaning), "seed": args.seed}
 
@@ -188,8 +169,8 @@ def describe(args: Arguments, corpus: Corpus, selection: Selection, writer: Data
     meta = corpus.describe() | recorded(args) | {"counts": counts}
     if tokenizer.unknown_id is not None:
         meta["unknown_tokens"] = selection.unknown
-    bits = corpus.entropy()
-    if bits is not None and tokenizer.loss_reason is None and tokenizer.unknown_id is None:
+    if args.sample and tokenizer.loss_reason is None and tokenizer.unknown_id is None:
+        bits = {group.split: group.sources[0].bits for group in corpus.groups}
         meta["sample"]["entropy_bits_per_byte"] = {split: sum(bits[split]) / writer.counts[split]["bytes"] for split in SPLITS}
         files[ENTROPY] = json.dumps({split: bits[split] for split in ("val", "test")}).encode()  # on train a model may honestly go below
     if args.report:
@@ -215,10 +196,8 @@ def tell(meta: dict) -> None:
     dropped = [f"{counts[name]:,} {name}" for name in counts if not name.startswith("contain")]
     if dropped:
         print(f"  dropped or changed: {', '.join(dropped)}")
-    for name, what in (
-        ("contain NUL", "NUL characters; --remove_control removes them"),
-        ("contain CR", "CR line ends; --whitespace mends them"),
-    ):
+    odd = {"contain NUL": "NUL characters; --remove_control removes them", "contain CR": "CR line ends; --whitespace mends them"}
+    for name, what in odd.items():
         if name in counts:
             notice(f"{counts[name]:,} documents have {what}")
     for split, unknown in meta.get("unknown_tokens", {}).items():

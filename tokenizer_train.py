@@ -7,7 +7,7 @@ python prepare_data.py --input stories.txt --tokenizer tokenizer.json
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -15,13 +15,11 @@ from utils import Checked, Count, notice, read_command_line, run_script, write_t
 
 import numpy as np
 
-from formats.tokenizer import EOT, TextTokenizer, gpt2_tokenizer
-from formats.tokenizer_description import byte_characters
-from preparation.cleaning import Cleaning
+from formats.tokenizer import TextTokenizer, bytes_of_token, gpt2_tokenizer
+from preparation.cleaning import Cleaning, Splitting
 from preparation.corpus import Limits, open_corpus
 from preparation.sources import Format
-from preparation.splits import Splitting
-from preparation.tokenizer_kinds import TRAINED, make_tokenizer, text_normalization
+from preparation.tokenizer_kinds import TRAINED, make_tokenizer, text_normalizer
 
 SEED = 1337
 HELD_OUT = 0.05  # share of the documents that the tokenizer doesn't see
@@ -41,12 +39,7 @@ class Arguments(Checked):
     """Number of tokens of bpe, wordpiece and word, special tokens included."""
     output: str = "tokenizer.json"
     """The file to write."""
-    separator: str = EOT
-    """What stands between two documents of a text file."""
-    text_field: str = "text"
-    """Key or column that holds the text, in files that have such."""
-    errors: Literal["strict", "replace"] = "strict"
-    """What is not UTF-8: strict ends with file and byte, replace reads on with U+FFFD in its place."""
+    form: Format = field(default_factory=Format)
     train_bytes: Count = 50_000_000
     """Learn from a sample of at most this much text."""
     lowercase: bool = False
@@ -64,23 +57,18 @@ class Arguments(Checked):
             problems.append("--show TEXT and --tokenizer PATH belong together")
         elif (self.show is None) == (not self.input):
             problems.append("give either --input FILE... to train on, or --show TEXT --tokenizer PATH")
-        if not self.separator:
-            problems.append("separator='' must not be empty")
         return problems
 
 
 def readable(tokenizer: TextTokenizer, token_id: int) -> str:
     """A token as people can read it, in quotes; with part of a character as its bytes, e.g. <C3>."""
     token = tokenizer.tokenizer.id_to_token(token_id) or ""
-    byte_of = {character: byte for byte, character in enumerate(byte_characters())}
     of_bytes = token_id not in tokenizer.special_ids and "ByteLevel" in tokenizer.description.decoders
-    if of_bytes and all(character in byte_of for character in token):
-        data = bytes(byte_of[character] for character in token)
-        try:
-            return repr(data.decode())
-        except UnicodeDecodeError:
-            return "".join(chr(byte) if 0x20 <= byte < 0x7F else f"<{byte:02X}>" for byte in data)
-    return repr(token)
+    data = bytes_of_token(token) if of_bytes else None
+    try:
+        return repr(token if data is None else data.decode())
+    except UnicodeDecodeError:
+        return "".join(chr(byte) if 0x20 <= byte < 0x7F else f"<{byte:02X}>" for byte in data)
 
 
 def show(tokenizer: TextTokenizer, text: str) -> None:
@@ -138,23 +126,20 @@ def main(argv: list[str] | None = None) -> int:
     if args.show is not None:
         show(make_tokenizer(args.tokenizer, (), 0), args.show)
         return 0
-    form, splitting = Format(args.separator, args.text_field, args.errors), Splitting("auto", SEED, HELD_OUT)
-    corpus = open_corpus(args.input, (), {"val": (), "test": ()}, form, splitting, Cleaning(), Limits())
-    normalize = text_normalization(args.lowercase, args.nfc)
-    texts = corpus.training_texts(normalize, args.train_bytes)
+    corpus = open_corpus({"input": args.input}, args.form, Splitting("auto", SEED, HELD_OUT), Cleaning(), Limits())
+    normalizer = text_normalizer(args.lowercase, args.nfc)
+    texts = corpus.training_texts(normalizer, args.train_bytes)
     first = beginning(texts, USED_CHARACTERS)  # kept for the report
     if not first:
         raise ValueError(f"{', '.join(args.input)} holds no text; give files with some")
     tokenizer = make_tokenizer(args.kind, itertools.chain(first, texts), args.vocab_size, args.lowercase, args.nfc)
-    if args.kind in TRAINED and tokenizer.vocab_size < args.vocab_size:
-        notice(f"the text gives only {tokenizer.vocab_size} tokens of the {args.vocab_size} asked for")
     if args.kind not in TRAINED and args.vocab_size != Arguments.vocab_size:
         notice(f"--vocab_size has no effect with the {args.kind} tokenizer")
     output = Path(args.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_text(output, tokenizer.json)
     print(f"{output}: {tokenizer.vocab_size} tokens")
-    report(tokenizer, list(corpus.held_out_texts(normalize, HELD_OUT_CHARACTERS)), first)
+    report(tokenizer, list(corpus.held_out_texts(normalizer, HELD_OUT_CHARACTERS)), first)
     return 0
 
 

@@ -20,6 +20,7 @@ from formats.tokenizer import TextTokenizer, gpt2_tokenizer, load_tokenizer
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "val", "test")
+COUNTS = ("tokens", "documents", "bytes")  # of a split, as meta.json has them
 DTYPE = np.dtype("<u2")
 META = "meta.json"
 ENTROPY = "entropy.json"
@@ -33,11 +34,11 @@ GPT2_LARGEST_IDS = range(1000, 50_257)  # of token files that may be GPT-2's; na
 # ---------------------------------------------------------------- writing
 
 
-class DataDirectoryWriter:
+class DataDirectoryWriter(contextlib.AbstractContextManager):
     """Writes a data directory so that a crash at any moment leaves the old one or the new one.
 
     Files are written as *.new and made durable; then commit.json says that all are complete; then they are renamed, meta.json last.
-    Use as a context manager; leaving it without `commit` discards what was written. Other files in the directory stay untouched.
+    Leaving the context without `commit` discards what was written. Other files in the directory stay untouched.
     """
 
     def __init__(self, directory: Path):
@@ -47,24 +48,22 @@ class DataDirectoryWriter:
         self._discard()
         self.files = {split: open(self._new(f"{split}.bin"), "wb") for split in SPLITS}  # noqa: SIM115
         self.hashes = {split: hashlib.sha256() for split in SPLITS}
-        self.counts = {split: {"tokens": 0, "documents": 0, "bytes": 0} for split in SPLITS}
+        self.counts = {split: dict.fromkeys(COUNTS, 0) for split in SPLITS}
 
     def add(self, split: str, ids: np.ndarray, documents: int, n_bytes: int) -> None:
         """Append ids (uint16) of `documents` whole documents of n_bytes UTF-8 bytes to a split."""
         data = ids.astype(DTYPE, copy=False).tobytes()
         self.files[split].write(data)
         self.hashes[split].update(data)
-        for key, value in (("tokens", len(ids)), ("documents", documents), ("bytes", n_bytes)):
-            self.counts[split][key] += value
+        self.counts[split] = {key: n + self.counts[split][key] for key, n in zip(COUNTS, (len(ids), documents, n_bytes))}
 
     def check(self) -> None:
         """Raises ValueError for an empty split."""
         empty = [split for split in SPLITS if not self.counts[split]["documents"]]
         if empty:
-            raise ValueError(
-                f"the {' and '.join(empty)} split would be empty; give more text or a higher limit, or raise --val_fraction and "
-                "--test_fraction (documents are separated by <|endoftext|> or --separator)"
-            )
+            advice = "give more text or a higher limit, or raise --val_fraction and --test_fraction"
+            separated = "documents are separated by <|endoftext|> or --separator"
+            raise ValueError(f"the {' and '.join(empty)} split would be empty; {advice} ({separated})")
 
     def read(self, split: str, start: int, count: int) -> np.ndarray:
         """Token ids (up to count,) uint16 of what was added to a split, from token `start` on."""
@@ -85,7 +84,6 @@ class DataDirectoryWriter:
         for file in self.files.values():
             file.flush()
             os.fsync(file.fileno())
-            file.close()
         extra = extra or {}
         write_text(self._new("tokenizer.json"), tokenizer.json)
         for name, content in extra.items():
@@ -95,9 +93,6 @@ class DataDirectoryWriter:
         write_json(self.directory / COMMIT, {"new": new, "remove": [name for name in OUR_FILES if name not in new]})
         finish_commit(self.directory)
         return meta
-
-    def __enter__(self) -> "DataDirectoryWriter":
-        return self
 
     def __exit__(self, *_) -> None:
         for file in self.files.values():
@@ -139,8 +134,8 @@ def finish_commit(directory: Path) -> None:
 class DataDirectory:
     """A data directory opened for reading.
 
-    path; name: as the user gave it; meta: meta.json, None for a directory that nanoGPT wrote. tokenizer: where there is no meta.json the
-    given one, or else the directory's own, or else GPT-2's if the ids fit.
+    name: path as the user gave it; meta: meta.json, None for a directory that nanoGPT wrote. tokenizer: without meta.json the given one, or
+    else the directory's own, or else GPT-2's if the ids fit.
     Raises FileNotFoundError where there is no data, ValueError where files disagree with each other or the tokenizer is unknown.
     """
 
@@ -177,20 +172,17 @@ class DataDirectory:
         return tokenizer
 
     def _read_meta(self) -> dict:
+        path, needed = self.path / META, {*COUNTS, "sha256"}
         try:
-            meta = json.loads((self.path / META).read_text(encoding="utf-8"))
+            meta = json.loads(path.read_text(encoding="utf-8"))
             version = meta["format_version"]
-            complete = meta["tokenizer_sha256"] and all(
-                {"tokens", "documents", "bytes", "sha256"} <= s.keys() for s in meta["splits"].values()
-            )
+            complete = meta["tokenizer_sha256"] and all(needed <= split.keys() for split in meta["splits"].values())
         except (ValueError, KeyError, TypeError, AttributeError):
-            complete = version = None
+            complete = False
         if not complete:
-            raise ValueError(f"{self.path / META} is damaged; prepare the data again")
+            raise ValueError(f"{path} is damaged; prepare the data again")
         if version != FORMAT_VERSION:
-            raise ValueError(
-                f"{self.path / META} has format version {version}, this program reads {FORMAT_VERSION}; prepare the data again"
-            )
+            raise ValueError(f"{path} has format version {version}, this program reads {FORMAT_VERSION}; prepare the data again")
         return meta
 
     @functools.cache  # noqa: B019 - a handful of directories, open for the whole run
@@ -212,10 +204,8 @@ class DataDirectory:
         """All token ids of a split, a read-only memmap (tokens,) uint16. Raises FileNotFoundError, ValueError."""
         ids, largest = self._open(split)
         if largest >= self.tokenizer.vocab_size:
-            raise ValueError(
-                f"{self.path / f'{split}.bin'} holds token id {largest}, but its tokenizer has only {self.tokenizer.vocab_size} ids; "
-                "prepare it again"
-            )
+            path, known = self.path / f"{split}.bin", self.tokenizer.vocab_size
+            raise ValueError(f"{path} holds token id {largest}, but its tokenizer has only {known} ids; prepare it again")
         return ids
 
     def entropy(self, split: str) -> list[float] | None:

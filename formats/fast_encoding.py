@@ -1,4 +1,4 @@
-"""Byte-level BPE by tiktoken: the ids of `tokenizers`, several times faster. `fast_encoding` is the way in. Doesn't import torch."""
+"""Byte-level BPE by tiktoken: the ids of `tokenizers`, several times faster. Doesn't import torch."""
 
 import contextlib
 import re
@@ -6,8 +6,6 @@ from collections.abc import Iterator
 
 import numpy as np
 import tiktoken
-
-from formats.tokenizer_description import Description
 
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 # the same cuts where no three blanks stand in a row before something else, without looking ahead or back: an automaton, twice as fast
@@ -24,29 +22,12 @@ def has_few_blanks(text: str) -> bool:
     return b"   " not in text.encode().translate(BLANKS_AS_SPACES)
 
 
-def fast_encoding(description: Description, end: str) -> "FastEncoding | None":
-    """How to encode with tiktoken, None where the same ids aren't certain or are simply the bytes. end: what ends a document."""
-    model = description.model
-    if description.token_bytes is None or description.ids_are_bytes or not description.splits_as_gpt2:
-        return None
-    if any(model.get(name) for name in ("ignore_merges", "continuing_subword_prefix", "end_of_word_suffix")):
-        return None
-    special = {added["content"]: added["id"] for added in description.added_tokens}
-    vocab = {token: i for token, i in model["vocab"].items() if token not in special}
-    merged = [vocab.get("".join(pair)) for pair in model["merges"]]
-    if end not in special or None in merged or any(a >= b for a, b in zip(merged, merged[1:])):
-        return None  # tiktoken merges in the order of ids
-    return FastEncoding({token: i for i, token in description.token_bytes.items()}, special, end)
-
-
 class FastEncoding:
-    """Two tiktoken encodings with the same ids: `exact` for any text, `quick` for texts that have few blanks."""
+    """Two tiktoken encodings with the same ids: `exact` for any text, `quick` for texts that have few blanks. end: of each document."""
 
     def __init__(self, ranks: dict[bytes, int], special: dict[str, int], end: str):
-        patterns = {"exact": GPT2_PATTERN, "quick": QUICK_PATTERN}
-        self.exact, self.quick = (
-            tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special) for name, pattern in patterns.items()
-        )
+        self.exact = tiktoken.Encoding("exact", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special)
+        self.quick = tiktoken.Encoding("quick", pat_str=QUICK_PATTERN, mergeable_ranks=ranks, special_tokens=special)
         self.end, self.end_id = end, special[end]
 
     def encode(self, text: str) -> np.ndarray | None:

@@ -1,7 +1,4 @@
-"""Tokenizers: always a Hugging Face tokenizer.json, whatever the kind, so that `tokenizers` and `transformers` read it.
-
-This module doesn't import torch.
-"""
+"""Tokenizers: always a Hugging Face tokenizer.json, so that `tokenizers` and `transformers` read it. Doesn't import torch."""
 
 import functools
 import hashlib
@@ -13,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from tiktoken.load import read_file_cached
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.normalizers import Normalizer
 
-from formats.fast_encoding import FastEncoding, fast_encoding
-from formats.tokenizer_description import Description
+from formats.fast_encoding import FastEncoding
 
 EOT = "<|endoftext|>"
 UNKNOWN = "<|unk|>"
@@ -25,12 +22,102 @@ MAX_VOCAB_SIZE = 65_536  # token files hold uint16
 PIECE = 2**20  # characters; longer texts are encoded in pieces, so that memory stays bounded
 # where a text may be cut without changing its ids: none of our pre-tokenizers looks back across, or joins, a word and the space behind it
 CUT = re.compile(r"(?<=\S)[ \n]")
+# GPT-2's characters for bytes in byte-level vocabularies: printable bytes stand for themselves, characters from 256 on for the others
+ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+BYTE_OF = dict(zip(ALPHABET, sorted(range(256), key=lambda byte: chr(byte) not in ALPHABET)))
 # the files from which tiktoken makes its "gpt2", in its own cache
 GPT2_FILES = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
 GPT2_SHA256 = {
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
 }
+
+
+# ---------------------------------------------------------------- what a file says
+
+
+def bytes_of_token(token: str) -> bytes | None:
+    """What a token of a byte-level vocabulary stands for, None if that isn't what it is."""
+    values = [*map(BYTE_OF.get, token)]
+    return None if None in values else bytes(values)
+
+
+def _parts(component: dict | None, key: str) -> list[dict]:
+    """The parts of a component: none, itself, or those of a Sequence, which stand under `key`."""
+    return [] if component is None else component[key] if component["type"] == "Sequence" else [component]
+
+
+class Description:
+    """The settings of a tokenizer as plain values.
+
+    model: the model's own settings, with vocab and merges. normalizers: what is done to a text first, in order, e.g. ("Lowercase", "NFC").
+    splitters: the pre-tokenizers; decoders: the types of the decoders, e.g. ["ByteLevel"]. added_tokens: as the file lists them.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        values = json.loads(tokenizer.to_str())  # spells out what older files take for granted
+        self.model: dict = values["model"]
+        self.normalizer: dict | None = values["normalizer"]
+        self.normalizers = tuple(part["type"] for part in _parts(self.normalizer, "normalizers"))
+        self.splitters = _parts(values["pre_tokenizer"], "pretokenizers")
+        self.decoders = [part["type"] for part in _parts(values["decoder"], "decoders")]
+        self.added_tokens: list[dict] = values["added_tokens"]
+        self.special_ids = {added["id"] for added in self.added_tokens if added["special"]}
+
+    def method(self) -> tuple:
+        """What decides, beside the vocabulary, which ids a text gets."""
+        names = ("type", "merges", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
+        model = [self.model.get(name) or None for name in names]  # Hugging Face's files write "" for what is unset in others
+        splitters = [{name: value for name, value in splitter.items() if name != "trim_offsets"} for splitter in self.splitters]
+        return model, splitters, self.normalizer
+
+    @functools.cached_property
+    def splits_as_gpt2(self) -> bool:
+        """Whether GPT-2's pre-tokenizer comes last; what stands before it may only split at characters."""
+        *first, last = self.splitters or [{}]
+        gpt2 = last.get("type") == "ByteLevel" and last.get("use_regex", True) and not last.get("add_prefix_space")
+        return gpt2 and all(splitter["type"] == "Split" and splitter["pattern"] == {"String": "#"} for splitter in first)
+
+    @functools.cached_property
+    def byte_level(self) -> bool:
+        """Whether this is a byte-level BPE, which knows and gives back every (normalized) text."""
+        return (
+            self.model["type"] == "BPE"
+            and set(self.normalizers) <= {"NFC", "Lowercase"}
+            and [splitter["type"] for splitter in self.splitters] == ["ByteLevel"]
+            and not self.splitters[0].get("add_prefix_space")
+            and not (self.model.get("unk_token") or self.model.get("byte_fallback") or self.model.get("dropout"))
+            and self.decoders == ["ByteLevel"]
+            and BYTE_OF.keys() <= self.model["vocab"].keys()
+        )
+
+    @functools.cached_property
+    def ids_are_bytes(self) -> bool:
+        """Whether the ids are the text's UTF-8 bytes (kind `byte`)."""
+        return self.byte_level and not self.model["merges"] and BYTE_OF.items() <= self.model["vocab"].items()
+
+    @functools.cached_property
+    def loss_reason(self) -> str | None:
+        """None if text without unknown tokens survives encoding and decoding, else why not."""
+        if set(self.normalizers) - {"NFC"}:  # NFC only writes the same characters in one way
+            return "the tokenizer changes text before it encodes it"
+        model, decoders = self.model["type"], self.decoders
+        by_character = model == "WordLevel" and decoders == ["Fuse"]
+        by_word = model == "WordLevel" and decoders == ["ByteLevel"] and self.splits_as_gpt2
+        by_part = model == "WordPiece" and decoders == ["Replace", "ByteLevel"] and self.splits_as_gpt2 and len(self.splitters) == 2
+        lossless = self.byte_level or by_character or by_word or by_part
+        return None if lossless else "the tokenizer does not give back every text exactly"
+
+    @functools.cached_property
+    def token_bytes(self) -> dict[int, bytes] | None:
+        """What each id of a byte-level vocabulary stands for, special tokens left out; None for other tokenizers."""
+        if not self.byte_level or any(not added["special"] for added in self.added_tokens):
+            return None
+        found = {i: bytes_of_token(token) for token, i in self.model["vocab"].items() if i not in self.special_ids}
+        return None if None in found.values() else found
+
+
+# ---------------------------------------------------------------- in use
 
 
 class TextTokenizer:
@@ -62,7 +149,7 @@ class TextTokenizer:
             raise ValueError(f"{name} has {self.vocab_size} tokens, but uint16 token files hold at most {MAX_VOCAB_SIZE}")
         self.eot_id = ids[EOT]
         self.pad_id = ids.get(PADDING, self.eot_id)
-        self.unknown_id = ids.get(self.description.model.get("unk_token") or "", None)
+        self.unknown_id = ids.get(self.description.model.get("unk_token"))
         self.special_ids = self.description.special_ids
         self.normalizers = self.description.normalizers
         self.loss_reason = self.description.loss_reason
@@ -74,13 +161,22 @@ class TextTokenizer:
         """Whether both give every text the same ids, though their files may be formatted differently."""
         if self.sha256 == other.sha256:
             return True
-        ours, theirs = (t.tokenizer.get_vocab(with_added_tokens=True) for t in (self, other))
-        return ours == theirs and self.description.splits_and_merges_as(other.description)
+        ours, theirs = ((t.tokenizer.get_vocab(with_added_tokens=True), t.description.method()) for t in (self, other))
+        return ours == theirs
 
     @functools.cached_property
     def fast(self) -> FastEncoding | None:
-        """tiktoken's encodings, None where they don't fit. Built at the first use, which takes a moment."""
-        return fast_encoding(self.description, EOT)
+        """tiktoken's encodings, None where the same ids aren't certain or are simply the bytes. Building them takes a moment."""
+        said, model = self.description, self.description.model
+        if said.token_bytes is None or said.ids_are_bytes or not said.splits_as_gpt2:
+            return None
+        if any(model.get(name) for name in ("ignore_merges", "continuing_subword_prefix", "end_of_word_suffix")):
+            return None
+        special = {added["content"]: added["id"] for added in said.added_tokens}
+        merged = [None if (token := "".join(pair)) in special else model["vocab"].get(token) for pair in model["merges"]]
+        if EOT not in special or None in merged or any(a >= b for a, b in zip(merged, merged[1:])):
+            return None  # tiktoken merges in the order of ids
+        return FastEncoding({token: i for i, token in said.token_bytes.items()}, special, EOT)
 
     def normalize(self, text: str) -> str:
         """The text lowercased, in NFC, where the tokenizer's file says so; encoding changes nothing more. It does other changes itself."""
@@ -152,27 +248,26 @@ def load_tokenizer(path: str | Path) -> TextTokenizer:
         raise ValueError(f"{path} is no Hugging Face tokenizer.json (not UTF-8); make one with tokenizer_train.py") from None
 
 
-def byte_level(model: models.Model) -> Tokenizer:
+def byte_level(model: models.Model, normalizer: Normalizer | None = None) -> Tokenizer:
     """A model over the bytes of GPT-2's words. Without a pre-tokenizer `tokenizers` takes memory out of all proportion."""
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.normalizer = normalizer
     return tokenizer
 
 
 @functools.lru_cache(maxsize=1)
-def gpt2_tokenizer() -> TextTokenizer:
+def gpt2_tokenizer(normalizer: Normalizer | None = None) -> TextTokenizer:
     """GPT-2's tokenizer (Radford et al. 2019), ids identical to tiktoken's. Raises ValueError if tiktoken can't get its files."""
     try:
         merges, vocab = (read_file_cached(f"{GPT2_FILES}/{name}", sha256) for name, sha256 in GPT2_SHA256.items())
     except Exception as error:  # requests' errors, or an OSError of the cache directory
-        raise ValueError(
-            f"GPT-2's tokenizer files can't be had ({type(error).__name__}: tiktoken downloads them once); "
-            "pass --tokenizer bpe to train a tokenizer on your own text, or --tokenizer PATH to name another: neither needs network"
-        ) from None
+        advice = "pass --tokenizer bpe to train a tokenizer on your own text, or --tokenizer PATH to name another: neither needs network"
+        raise ValueError(f"GPT-2's tokenizer files can't be had ({type(error).__name__}: tiktoken downloads them once); {advice}") from None
     ids = json.loads(vocab)
     del ids[EOT]  # becomes a special token, with the same id: the last one
     pairs = [tuple(line.split(" ")) for line in merges.decode().splitlines()[1:]]
-    tokenizer = byte_level(models.BPE(ids, pairs))
+    tokenizer = byte_level(models.BPE(ids, pairs), normalizer)
     tokenizer.add_special_tokens([AddedToken(EOT, special=True, normalized=False)])
     return TextTokenizer(tokenizer.to_str())

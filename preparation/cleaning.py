@@ -1,14 +1,15 @@
-"""What may be done to a document before it is encoded, each by a flag, and what is dropped. Doesn't import torch."""
+"""What happens to a document before it is encoded: flags clean or drop it, its content decides on its split. Doesn't import torch."""
 
-import functools
 import importlib.util
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from utils import Checked, Count, Natural
+
+import xxhash
 
 CONTROL = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f"  # control characters, but for tab and line ends
@@ -55,16 +56,12 @@ class Cleaning(Checked):
 
     def clean(self, text: str, counts: Counter) -> str:
         """The document as it is kept, but for what the tokenizer's own normalization does. Counts what was changed."""
-        for name, change in self._changes:
-            changed = change(text)
-            counts[f"changed by {name}"] += changed != text
-            text = changed
+        for name, change in CHANGES.items():
+            if getattr(self, name):
+                changed = change(text)
+                counts[f"changed by {name}"] += changed != text
+                text = changed
         return text
-
-    @functools.cached_property
-    def _changes(self) -> list[tuple[str, Callable[[str], str]]]:
-        changes = (("fix_mojibake", _fix_mojibake), ("remove_control", _remove_control), ("whitespace", _whitespace))
-        return [(name, change) for name, change in changes if getattr(self, name)]
 
     def reason_to_drop(self, text: str) -> str | None:
         """Why a cleaned document is left out, None if it stays."""
@@ -83,13 +80,17 @@ def _fix_mojibake(text: str) -> str:
     return ftfy.fix_encoding(text)
 
 
-def _remove_control(text: str) -> str:
-    return CONTROL.sub("", text)
-
-
 def _whitespace(text: str) -> str:
     text = BLANKS.sub(" ", LINE_END.sub("\n", text))
     return EMPTY_LINES.sub("\n\n", AROUND_LINE_END.sub("\n", text)).strip()
+
+
+CHANGES = {"fix_mojibake": _fix_mojibake, "remove_control": lambda text: CONTROL.sub("", text), "whitespace": _whitespace}  # in order
+
+
+def document_key(text: str, seed: int) -> int:
+    """64 bits that stand for a document's exact content, in a way that depends on the seed."""
+    return xxhash.xxh3_64_intdigest(text.encode(), seed % 2**64)
 
 
 def skeleton(text: str) -> bytes:
@@ -105,3 +106,45 @@ def skeleton(text: str) -> bytes:
     if not text.isprintable():  # far quicker than the search; of CONTROL only the two above are printable
         text = CONTROL.sub("", text)
     return unicodedata.normalize("NFD", unicodedata.normalize("NFD", text).casefold()).encode()
+
+
+def split_by_hash(text: str, seed: int, val_fraction: float, test_fraction: float) -> str:
+    """The split of a document, from its content and the seed alone: the same wherever, and in whatever order, it is found.
+
+    The content is its `skeleton`, so that variants of a dataset that differ in cleaning have the same documents in each split.
+    """
+    share = xxhash.xxh3_64_intdigest(skeleton(text), ~seed % 2**64) / 2**64  # not document_key's seed: a text may be its own skeleton
+    return "val" if share < val_fraction else "test" if share < val_fraction + test_fraction else "train"
+
+
+def split_by_position(text: str, val_fraction: float, test_fraction: float) -> Iterator[tuple[str, str]]:
+    """A document's beginning for train, its end for val and test, cut at line ends where it has lines, else between words."""
+    start = 0
+    for split, share in (("train", 1 - val_fraction - test_fraction), ("val", 1 - test_fraction), ("test", 1)):
+        wanted = round(len(text) * share)
+        end = max(start, (text.find("\n", wanted) + 1) or (text.find(" ", wanted) + 1) or wanted)
+        if text[start:end].strip():
+            yield split, text[start:end]
+        start = end
+
+
+@dataclass(frozen=True)
+class Splitting:
+    """How documents are divided. rule: hash, position, auto (hash or position, by their number), or the split that all of them belong to.
+
+    The fraction of a split that is given elsewhere is 0.
+    """
+
+    rule: str
+    seed: int = 0
+    val_fraction: float = 0.0
+    test_fraction: float = 0.0
+
+    def parts(self, text: str) -> Iterator[tuple[str, str]]:
+        """(split, text) of a whole document, or of its parts."""
+        if self.rule == "position":
+            yield from split_by_position(text, self.val_fraction, self.test_fraction)
+        elif self.rule == "hash":
+            yield split_by_hash(text, self.seed, self.val_fraction, self.test_fraction), text
+        else:
+            yield self.rule, text

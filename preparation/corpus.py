@@ -4,40 +4,31 @@ import heapq
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import astuple, dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import NamedTuple
 
 from utils import notice, parse_weighted
 
+from tokenizers.normalizers import Normalizer
+
 from formats.data_directory import SPLITS
-from preparation.cleaning import Cleaning
-from preparation.hub import open_dataset
+from preparation.cleaning import Cleaning, Splitting, document_key
 from preparation.sample_corpus import SampleStories, load_grammar
-from preparation.sources import File, Format, Source, find_files
-from preparation.splits import Splitting, document_key
+from preparation.sources import File, Format, Source, find_files, open_dataset
 
 POSITION_BELOW = 100  # fewer documents than this are split by position
 BYTES_PER_TOKEN = 4  # of an ordinary tokenizer, where only a limit in tokens is known
 SAMPLE_CLEANING = Cleaning(deduplicate=False)
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What each split may get at most."""
+class Limits(NamedTuple):
+    """What each split may get at most; infinite where there is no limit."""
 
-    documents: int | None = None
-    bytes: int | None = None
-    tokens: int | None = None
-
-    def share(self, weights: list[Fraction], i: int) -> "Limits":
-        """The part of source i of several that are mixed by weight; the parts add up to the whole."""
-        before, upto = (sum(weights[:n], Fraction(0)) / sum(weights) for n in (i, i + 1))
-        parts = (None if value is None else round(value * upto) - round(value * before) for value in astuple(self))
-        return Limits(*parts)
-
-    def __bool__(self) -> bool:
-        return any(value is not None for value in astuple(self))
+    documents: float = math.inf
+    bytes: float = math.inf
+    tokens: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -50,13 +41,12 @@ class Group:
 
     def documents(self) -> Iterator[str]:
         for source in self.sources:
-            source.replaced = source.cut = 0  # what an earlier reading counted
+            source.mended.clear()  # what an earlier reading counted
         yield from itertools.chain.from_iterable(self.sources)
 
     def mended(self) -> Counter:
         """What reading had to replace or cut so far."""
-        replaced, cut = sum(source.replaced for source in self.sources), sum(source.cut for source in self.sources)
-        return Counter({"bytes that are not UTF-8": replaced, "cut into documents for their length": cut})
+        return sum((source.mended for source in self.sources), Counter())
 
     @property
     def split(self) -> str | None:
@@ -66,6 +56,15 @@ class Group:
     @property
     def name(self) -> str:
         return ", ".join(source.name for source in self.sources[:3]) + ("..." if len(self.sources) > 3 else "")
+
+
+def _first(texts: Iterable[str], limit: int) -> Iterator[str]:
+    """The first texts, `limit` characters in all."""
+    for text in texts:
+        yield text[:limit]
+        limit -= len(text)
+        if limit <= 0:
+            return
 
 
 @dataclass(frozen=True)
@@ -86,43 +85,46 @@ class Corpus:
         return [group.weight for group in self.groups if group.weight is not None]
 
     def limits_of(self, group: Group) -> Limits:
-        """What each split may get from a group."""
+        """What each split may get from a group; the shares of a mixture add up to the whole."""
         if group.weight is None:
             return self.limits
-        mixed = [other for other in self.groups if other.weight is not None]
-        return self.limits.share(self.weights, mixed.index(group))
+        weights = self.weights
+        at = len(weights) - len(self.groups) + self.groups.index(group)  # groups with a weight come last
+        before, upto = (sum(weights[:n], Fraction(0)) / sum(weights) for n in (at, at + 1))
+        return Limits(*(limit if limit == math.inf else round(limit * upto) - round(limit * before) for limit in self.limits))
 
-    def _kept(self, source: Iterable[str], normalize: Callable[[str], str]) -> Iterator[str]:
-        """Documents as they are kept."""
+    def _kept(self, source: Iterable[str], normalizer: Normalizer | None) -> Iterator[str]:
         for text in source:
-            text = normalize(self.cleaning.clean(text, Counter()))
+            text = self.cleaning.clean(text, Counter())
+            text = text if normalizer is None else normalizer.normalize_str(text)
             if self.cleaning.reason_to_drop(text) is None:
                 yield text
 
-    def training_texts(self, normalize: Callable[[str], str], train_bytes: int) -> Iterator[str]:
+    def training_texts(self, normalizer: Normalizer | None, train_bytes: int) -> Iterator[str]:
         """Training documents for a tokenizer to learn from, about train_bytes: a sample by content of all files, of datasets the beginning.
 
-        normalize: what the tokenizer will do to texts. Doesn't depend on the order of the files.
+        normalizer: what the tokenizer will do to texts. Doesn't depend on the order of the files.
         """
         held_out: set[int] = set()
         for group in self.groups:
             if group.split is None:
-                yield from self._sample(group, normalize, train_bytes, held_out).texts()
+                yield from self._sample(group, normalizer, train_bytes, held_out).texts()
             else:
-                documents = itertools.islice(self._kept(group.documents(), normalize), self.limits.documents)
-                held_out.update(document_key(text, self.seed) for text in documents)
+                for number, text in enumerate(self._kept(group.documents(), normalizer), 1):
+                    held_out.add(document_key(text, self.seed))
+                    if number >= self.limits.documents:
+                        break
 
-    def _sample(self, group: Group, normalize: Callable[[str], str], train_bytes: int, held_out: set[int]) -> "DocumentSample":
+    def _sample(self, group: Group, normalizer: Normalizer | None, train_bytes: int, held_out: set[int]) -> "DocumentSample":
         """A sample of what a group gives to train, without documents whose keys are held out."""
         if group.weight is not None:
             train_bytes = int(train_bytes * group.weight / sum(self.weights))
         sample, limits = DocumentSample(train_bytes), self.limits_of(group)
-        most_documents = limits.documents or math.inf
-        most_bytes = min(limits.bytes or math.inf, BYTES_PER_TOKEN * (limits.tokens or math.inf))
+        most_bytes = min(limits.bytes, BYTES_PER_TOKEN * limits.tokens)
         documents = size = 0
         for source in group.sources:
             before = size
-            for text in self._kept(source, normalize):
+            for text in self._kept(source, normalizer):
                 key = document_key(text, self.seed)
                 if key in held_out:
                     continue
@@ -130,35 +132,25 @@ class Corpus:
                     data = part.encode()
                     sample.add(key, data)
                     documents, size = documents + 1, size + len(data)
-                if documents >= most_documents or size >= most_bytes:
+                if documents >= limits.documents or size >= most_bytes:
                     return sample
                 if source.streamed and size - before >= train_bytes:
                     break  # reading on would download all of it twice
         return sample
 
-    def held_out_texts(self, normalize: Callable[[str], str], limit: int) -> Iterator[str]:
-        """Documents (or parts) that go to val, until they have `limit` characters."""
-        for group in self.groups:
-            for text in self._kept(group.documents(), normalize):
-                for part in (part for split, part in group.splitting.parts(text) if split == "val"):
-                    yield part[:limit]
-                    limit -= len(part)
-                    if limit <= 0:
-                        return
-
-    def entropy(self) -> dict[str, list[float]] | None:
-        """Bits of each document of a split under what wrote it, known once all is read; None where nobody knows."""
-        return None
+    def held_out_texts(self, normalizer: Normalizer | None, limit: int) -> Iterator[str]:
+        """Documents (or parts) that go to val, `limit` characters in all."""
+        kept = ((group, text) for group in self.groups for text in self._kept(group.documents(), normalizer))
+        yield from _first((part for group, text in kept for split, part in group.splitting.parts(text) if split == "val"), limit)
 
     def describe(self) -> dict:
         """What meta.json tells about sources and splits."""
-        sources = []
+        sources, splitting = [], self.groups[-1].splitting
         for group in self.groups:
             extra = {"split": group.split} if group.split else {}
             if group.weight is not None:
                 extra = {"rule": group.splitting.rule, "weight": str(group.weight)}
             sources += [source.describe() | extra for source in group.sources]
-        splitting = self.groups[-1].splitting
         rules = sorted({group.splitting.rule for group in self.groups if group.split is None})
         split = {"rule": " and ".join(rules), "val_fraction": splitting.val_fraction, "test_fraction": splitting.test_fraction}
         return {"sources": sources, "split": split}
@@ -173,25 +165,15 @@ class Corpus:
 class SampleCorpus(Corpus):
     """The sample corpus: three independent seeded streams of stories, neither cleaned nor filtered, so that their entropy stays known."""
 
-    def training_texts(self, normalize: Callable[[str], str], train_bytes: int) -> Iterator[str]:
-        """The first training stories, train_bytes characters in all: each story is drawn independently."""
-        for text in self.groups[0].documents():
-            yield text[:train_bytes]
-            train_bytes -= len(text)
-            if train_bytes <= 0:
-                return
-
-    def entropy(self) -> dict[str, list[float]]:
-        return {group.split: group.sources[0].bits for group in self.groups}
+    def training_texts(self, normalizer: Normalizer | None, train_bytes: int) -> Iterator[str]:
+        """The first training stories: each story is drawn independently."""
+        yield from _first(self.groups[0].documents(), train_bytes)
 
     def describe(self) -> dict:
         stories = [group.sources[0] for group in self.groups]
         grammar = stories[0].describe()
         split = {"rule": "sample"} | {source.split: source.count for source in stories}
         return {"sources": [grammar], "split": split, "sample": {"grammar_sha256": grammar["sha256"]}}
-
-
-# ---------------------------------------------------------------- opening
 
 
 def open_sample_corpus(seed: int, train_stories: int) -> SampleCorpus:
@@ -203,26 +185,31 @@ def open_sample_corpus(seed: int, train_stories: int) -> SampleCorpus:
 
 
 def open_corpus(
-    inputs: tuple[str, ...],
-    datasets: tuple[str, ...],
-    given: dict[str, tuple[str, ...]],
-    form: Format,
-    splitting: Splitting,
-    cleaning: Cleaning,
-    limits: Limits,
-    dataset_config: str | None = None,
+    named: dict[str, tuple[str, ...]], form: Format, splitting: Splitting, cleaning: Cleaning, limits: Limits, config: str | None = None
 ) -> Corpus:
     """Find all sources. Raises ValueError, FileNotFoundError for those that can't be had, have no clear share or stand in two splits.
 
-    inputs, datasets: what is divided, each PATH or PATH:WEIGHT; given: files of whole splits, by "val" and "test"; splitting: how the rest
-    is to be divided.
+    named: "input" and "dataset", what is divided, each PATH or PATH:WEIGHT; "val" and "test", files of whole splits, taken instead of
+    the datasets' own. splitting: how the rest is to be divided; config: of a dataset that has several.
     """
-    whole: dict[str, list[Source]] = {split: find_files(names, form) for split, names in given.items()}
-    divided, theirs = _open_datasets(datasets, dataset_config, form, splitting)
-    divided += [Group(find_files([name], form), splitting, weight) for name, weight in map(parse_weighted, inputs)]
-    divided = _mixed_or_one(divided)
+    whole: dict[str, list[Source]] = {split: find_files(named.get(split, ()), form) for split in ("val", "test")}
+    divided, theirs = [], {"val": [], "test": []}
+    for name, weight in map(parse_weighted, named.get("dataset", ())):
+        splits = open_dataset(name, config, form)
+        divided.append(Group([splits["train"]], splitting, weight))
+        for split, its_name in (("val", "validation"), ("test", "test")):
+            theirs[split] += [splits[its_name]] if its_name in splits else []
+    divided += [Group(find_files([name], form), splitting, weight) for name, weight in map(parse_weighted, named["input"])]
+    weighted = [group.weight is not None for group in divided]
+    if any(weighted) and not all(weighted):
+        raise ValueError("give a weight to every --input and --dataset or to none, e.g. --input a.txt:0.7 b.txt:0.3")
+    if not any(weighted):
+        divided = [Group(list({source.identity: source for group in divided for source in group.sources}.values()), splitting)]
     groups = [Group(sources or theirs[split], Splitting(split)) for split, sources in whole.items() if sources or theirs[split]]
-    _refuse_twice(groups + divided)
+    files = Counter(source.identity for group in groups + divided for source in group.sources if isinstance(source, File))
+    twice = sorted(name for name, count in files.items() if count > 1)
+    if twice:
+        raise ValueError(f"{', '.join(twice)} would be in two splits or shares; leave it out of one")
     splitting = replace(splitting, **{f"{group.split}_fraction": 0.0 for group in groups})
     for group in divided:
         rule = choose_rule(group, splitting, limits.documents) if splitting.rule == "auto" else splitting.rule
@@ -230,53 +217,17 @@ def open_corpus(
     return Corpus(groups, cleaning, limits, splitting.seed)
 
 
-def _open_datasets(
-    names: tuple[str, ...], config: str | None, form: Format, splitting: Splitting
-) -> tuple[list[Group], dict[str, list[Source]]]:
-    """The train splits of datasets, which are to be divided, and what the datasets have for val and for test."""
-    groups, held_out = [], {"val": [], "test": []}
-    for text in names:
-        name, weight = parse_weighted(text)
-        splits = open_dataset(name, config, form)
-        groups.append(Group([splits["train"]], splitting, weight))
-        for split, theirs in (("val", "validation"), ("test", "test")):
-            held_out[split] += [splits[theirs]] if theirs in splits else []
-    return groups, held_out
-
-
-def _mixed_or_one(groups: list[Group]) -> list[Group]:
-    """The groups of a mixture, or, where none has a weight, one group with each source once."""
-    mixed = [group for group in groups if group.weight is not None]
-    if mixed and len(mixed) < len(groups):
-        raise ValueError("give a weight to every --input and --dataset or to none, e.g. --input a.txt:0.7 b.txt:0.3")
-    once = {source.identity: source for group in groups for source in group.sources}
-    return mixed or [replace(groups[0], sources=list(once.values()))]
-
-
-def _refuse_twice(groups: list[Group]) -> None:
-    """Raises ValueError for a file that stands in two splits or shares."""
-    files = Counter(source.identity for group in groups for source in group.sources if isinstance(source, File))
-    twice = sorted(name for name, count in files.items() if count > 1)
-    if twice:
-        raise ValueError(f"{', '.join(twice)} would be in two splits or shares; leave it out of one")
-
-
-def choose_rule(group: Group, splitting: Splitting, most_documents: int | None) -> str:
+def choose_rule(group: Group, splitting: Splitting, most_documents: float) -> str:
     """hash, or position for few documents, with a notice if anything is to be divided at all."""
-    enough = min(POSITION_BELOW, most_documents or POSITION_BELOW)
+    enough = min(POSITION_BELOW, most_documents)
     found = sum(1 for _ in itertools.islice(group.documents(), enough))
     if found == POSITION_BELOW:
         return "hash"
     if splitting.val_fraction or splitting.test_fraction:
         which = "" if group.weight is None else f"{group.sources[0].name}: "
-        notice(
-            f"{which}fewer than {POSITION_BELOW} documents: each is split by position, its end for val and test; "
-            "--split hash keeps them whole"
-        )
+        advice = "each is split by position, its end for val and test; --split hash keeps them whole"
+        notice(f"{which}fewer than {POSITION_BELOW} documents: {advice}")
     return "position"
-
-
-# ---------------------------------------------------------------- samples
 
 
 class DocumentSample:

@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -16,9 +17,8 @@ import numpy as np
 
 from formats.data_directory import SPLITS
 from formats.tokenizer import TextTokenizer
-from preparation.cleaning import Cleaning
+from preparation.cleaning import Cleaning, Splitting, document_key
 from preparation.corpus import Group
-from preparation.splits import Splitting, document_key
 
 BATCH_CHARACTERS = 2**20
 
@@ -58,9 +58,8 @@ class Recipe:
             if reason is not None:
                 counts[reason] += 1
                 continue
-            for odd, name in (("\0", "contain NUL"), ("\r", "contain CR")):
-                if odd in text:
-                    counts[name] += 1
+            counts["contain NUL"] += "\0" in text
+            counts["contain CR"] += "\r" in text
             for name, part in splitting.parts(text):
                 document.append(len(keys))
                 split.append(SPLITS.index(name))
@@ -90,24 +89,20 @@ def _encode_in_worker(splitting: Splitting, texts: list[str], mended: Counter) -
     return multiprocessing.current_process().recipe.encode(splitting, texts, mended)
 
 
-class DocumentEncoder:
+class DocumentEncoder(contextlib.AbstractContextManager):
     """Encodes documents in `workers` processes, or in this one if it is one. A context manager."""
 
     def __init__(self, recipe: Recipe, workers: int):
-        self.recipe, self.workers = recipe, workers
-        self.pool = None
+        self.recipe, self.workers, self.pool = recipe, workers, None
         if workers > 1:
             recipe.tokenizer.encode("")  # builds what encoding needs, so that forked processes find it
             self.pool = concurrent.futures.ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(recipe,))
-
-    def __enter__(self) -> "DocumentEncoder":
-        return self
 
     def __exit__(self, *_) -> None:
         if self.pool is not None:
             self.pool.shutdown(cancel_futures=True)
 
-    def encode(self, group: Group, most: int | None, wanted: Callable[[], float]) -> Iterator[Encoded]:
+    def encode(self, group: Group, most: float, wanted: Callable[[], float]) -> Iterator[Encoded]:
         """All documents of a group encoded, in order, in batches of `most` documents at most, which don't depend on the number of workers.
 
         Reads only a few batches ahead, and no further than for the number of documents that `wanted()` says can be used.
@@ -131,7 +126,7 @@ class DocumentEncoder:
                 future.cancel()
 
 
-def batches(group: Group, most: int | None) -> Iterator[tuple[list[str], Counter]]:
+def batches(group: Group, most: float) -> Iterator[tuple[list[str], Counter]]:
     """A group's documents in lists of about a million characters, and what reading each list had to replace or cut."""
     texts: list[str] = []
     size, before = 0, Counter()

@@ -7,6 +7,7 @@ Words are runs of letters and digits, or single other signs, so that figures don
 import io
 import json
 import re
+import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable
@@ -27,8 +28,7 @@ COLORS = {"train": "#33608c", "val": "#d1793b", "test": "#8a8a8a"}
 # those of these fonts that are there are tried in turn for each character
 FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "PingFang SC", "Microsoft YaHei", "Arial Unicode MS", "Noto Sans")
 
-# read(split, start, count) -> token ids (count,) uint16
-Read = Callable[[str, int, int], np.ndarray]
+Read = Callable[[str, int, int], np.ndarray]  # split, start, count -> token ids (count,) uint16
 
 
 def sample_documents(sizes: np.ndarray, split: str, read: Read, tokenizer: TextTokenizer, limit: int) -> tuple[list[str], bool]:
@@ -58,14 +58,9 @@ class Words:
     """Sampled texts as word numbers: ids (n,) int64 of the words, document (n,) int64 of the text that each stands in."""
 
     def __init__(self, texts: list[str], numbers: dict[str, int]):
-        ids: list[int] = []
-        sizes: list[int] = []
-        for text in texts:
-            words = WORD.findall(text)
-            ids += [numbers.setdefault(word, len(numbers)) for word in words]
-            sizes.append(len(words))
-        self.ids = np.array(ids, np.int64)
-        self.document = np.repeat(np.arange(len(sizes)), sizes)
+        found = [np.array([numbers.setdefault(word, len(numbers)) for word in WORD.findall(text)], np.int64) for text in texts]
+        self.ids = np.concatenate([np.empty(0, np.int64), *found])
+        self.document = np.repeat(np.arange(len(found)), [len(words) for words in found])
 
     def ngrams(self, n: int) -> tuple[np.ndarray, np.ndarray]:
         """Hashes (m,) uint64 of all runs of n words within a document, and the document of each."""
@@ -82,15 +77,14 @@ class Words:
 
 
 def entropy(counts: np.ndarray) -> float:
-    """Bits of a draw from counts."""
-    p = counts[counts > 0] / counts.sum()
+    """Bits of a draw from counts, all above 0."""
+    p = counts / counts.sum()
     return float(-(p * np.log2(p)).sum())
 
 
 def variety(words: Words, texts: list[str]) -> dict:
     """How varied the text is: word counts, entropies, how well it compresses."""
-    counts = np.sort(np.bincount(words.ids))[::-1]
-    counts = counts[counts > 0]
+    counts = np.sort(np.unique(words.ids, return_counts=True)[1])[::-1]
     first = words.ids[:RATIO_WORDS]
     pairs = np.unique(words.ngrams(2)[0], return_counts=True)[1]
     ranks = np.unique(np.geomspace(1, max(1, len(counts)), 100).astype(int)) if len(counts) else np.empty(0, int)
@@ -133,10 +127,7 @@ def overlap(train: Words, val: Words) -> dict:
     result = {}
     for n in NGRAMS:
         (ours, _), (theirs, document) = train.ngrams(n), val.ngrams(n)
-        wanted, which = np.unique(theirs, return_inverse=True)
-        ours = np.sort(ours)
-        found = np.searchsorted(ours, wanted, "right") > np.searchsorted(ours, wanted, "left")
-        shared = found[which]
+        shared = np.isin(theirs, ours)
         documents = len(np.unique(document))
         result[str(n)] = {
             "ngrams": len(theirs),
@@ -149,24 +140,22 @@ def overlap(train: Words, val: Words) -> dict:
 def describe(sizes: dict[str, np.ndarray], read: Read, tokenizer: TextTokenizer, splits: dict[str, dict], counts: dict[str, int]) -> dict:
     """The whole report. sizes: per split the tokens of each document; read: their ids; splits: their tokens, documents, bytes;
     counts: what preparation dropped or changed."""
-    texts, complete = {}, {}
-    for split, limit in SAMPLE_BYTES.items():
-        texts[split], complete[split] = sample_documents(sizes[split], split, read, tokenizer, limit)
+    samples = {split: sample_documents(sizes[split], split, read, tokenizer, limit) for split, limit in SAMPLE_BYTES.items()}
     numbers: dict[str, int] = {}
-    train, val = (Words(texts[split], numbers) for split in ("train", "val"))
-    names = ("documents", "tokens", "bytes")
+    train, val = (Words(found, numbers) for found, _ in samples.values())
+    texts, names = samples["train"][0], ("documents", "tokens", "bytes")
     return {
         "splits": {s: {n: v[n] for n in names} | {"bytes_per_token": v["bytes"] / v["tokens"]} for s, v in splits.items()},
         "dropped_or_changed": counts,
         "document_tokens": {split: lengths(of_split) for split, of_split in sizes.items()},
         "sample": {
-            split: {"documents": len(found), "bytes": sum(len(text.encode()) for text in found), "all": complete[split]}
-            for split, found in texts.items()
+            split: {"documents": len(found), "bytes": sum(len(text.encode()) for text in found), "all": complete}
+            for split, (found, complete) in samples.items()
         },
         "sample_loses": tokenizer.loss_reason or ("unknown words" if tokenizer.unknown_id is not None else None),
-        **variety(train, texts["train"]),
-        "openings": openings(texts["train"]),
-        "scripts": scripts(texts["train"]),
+        **variety(train, texts),
+        "openings": openings(texts),
+        "scripts": scripts(texts),
         "val_in_train": overlap(train, val),
     }
 
@@ -188,20 +177,6 @@ def _count(n: float) -> str:
     return f"{n:.3g} "
 
 
-def _summary(report: dict) -> list[tuple[str, str]]:
-    ratio, sample = report["type_token_ratio"], report["sample"]["train"]
-    of = "all of train" if sample["all"] else f"{_count(sample['bytes'])}B of train, {sample['documents']:,} documents"
-    return [
-        ("measured on", of),
-        ("words, distinct", f"{_count(report['words'])}, {_count(report['distinct_words'])}"),
-        ("type/token ratio", f"{ratio['ratio']:.3f} of {_count(ratio['words'])} words"),
-        ("entropy of a word", f"{report['unigram_entropy_bits']:.2f} bits"),
-        ("… after the one before", f"{report['bigram_entropy_bits']:.2f} bits"),
-        ("gzip ratio", f"{report['gzip_ratio']:.2f}"),
-        *((name, f"{count:,}") for name, count in list(report["dropped_or_changed"].items())[:5]),
-    ]
-
-
 def _shorten(text: str, length: int = 25) -> str:
     text = "".join(character if character.isprintable() else "·" for character in text)
     return text if len(text) <= length else text[: length - 1] + "…"
@@ -209,13 +184,10 @@ def _shorten(text: str, length: int = 25) -> str:
 
 def draw(report: dict, file: BinaryIO, title: str) -> None:
     """The report as one picture, a PNG."""
-    import warnings
-
     from matplotlib import font_manager
     from matplotlib.figure import Figure
 
-    there = set(font_manager.get_font_names())
-    fonts = [name for name in FONTS if name in there]
+    fonts = [name for name in FONTS if name in font_manager.get_font_names()]
     figure = Figure(figsize=(15, 8.4))
     figure.subplots_adjust(left=0.16, right=0.97, bottom=0.06, top=0.89, wspace=0.68, hspace=0.3)
     panels = figure.subplot_mosaic([["table", "lengths", "zipf"], ["openings", "scripts", "overlap"]])
@@ -239,11 +211,19 @@ def draw(report: dict, file: BinaryIO, title: str) -> None:
 
 def _table(report: dict) -> str:
     lines = [f"{'':7}{'documents':>11}{'tokens':>10}{'bytes':>10}{'bytes/token':>13}"]
-    lines += [
-        f"{split:7}{s['documents']:>11,}{_count(s['tokens']):>10}{_count(s['bytes']):>9}B{s['bytes_per_token']:>13.2f}"
-        for split, s in report["splits"].items()
-    ]
-    return "\n".join([*lines, "", *(f"{name:25} {value}" for name, value in _summary(report))])
+    for split, s in report["splits"].items():
+        lines.append(f"{split:7}{s['documents']:>11,}{_count(s['tokens']):>10}{_count(s['bytes']):>9}B{s['bytes_per_token']:>13.2f}")
+    ratio, sample = report["type_token_ratio"], report["sample"]["train"]
+    of = "all of train" if sample["all"] else f"{_count(sample['bytes'])}B of train, {sample['documents']:,} documents"
+    summary = {
+        "measured on": of,
+        "words, distinct": f"{_count(report['words'])}, {_count(report['distinct_words'])}",
+        "type/token ratio": f"{ratio['ratio']:.3f} of {_count(ratio['words'])} words",
+        "entropy of a word": f"{report['unigram_entropy_bits']:.2f} bits",
+        "… after the one before": f"{report['bigram_entropy_bits']:.2f} bits",
+        "gzip ratio": f"{report['gzip_ratio']:.2f}",
+    } | {name: f"{count:,}" for name, count in list(report["dropped_or_changed"].items())[:5]}
+    return "\n".join([*lines, "", *(f"{name:25} {value}" for name, value in summary.items())])
 
 
 def _draw_lengths(panel, document_tokens: dict) -> None:

@@ -4,6 +4,7 @@ A perfect model would assign every story just that probability, so the grammar t
 The grammar's language is described in the file itself, data/sample_grammar.json. Doesn't import torch.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -39,6 +40,19 @@ class State:
     log2p: float = 0.0
 
 
+@functools.cache
+def _reversed_pieces(template: str) -> list[tuple[bool, str]]:
+    """The literals and references of a template from its end on: (is a reference, text)."""
+    return [(i % 2 == 1, piece) for i, piece in enumerate(REFERENCE.split(template)) if piece][::-1]
+
+
+def push(template: str, todo: tuple | None) -> tuple | None:
+    """`todo` with the pieces of `template` in front: (is a reference, text), rest."""
+    for piece in _reversed_pieces(template):
+        todo = (piece, todo)
+    return todo
+
+
 class Grammar:
     """A probabilistic grammar with memory. A derivation expands the leftmost symbol first.
 
@@ -49,23 +63,11 @@ class Grammar:
         self.start: str = description["start"]
         self.rules: dict[str, list[Alternative]] = {}
         for name, rule in description["rules"].items():
-            shared = rule["shared"] if isinstance(rule, dict) else {}
+            rule = rule if isinstance(rule, dict) else {"shared": {}, "alternatives": rule}
             self.rules[name] = []
-            for alternative in rule["alternatives"] if isinstance(rule, dict) else rule:
-                texts = shared | ({"text": alternative} if isinstance(alternative, str) else alternative)
-                weight = float(texts.get("weight", 1))
-                self.rules[name].append(Alternative(texts["text"], weight, {k: v for k, v in texts.items() if k not in ("text", "weight")}))
-        self.pieces: dict[str, list[str]] = {}  # template -> literal, reference, literal, reference, ..., literal
-
-    def push(self, template: str, todo: tuple | None) -> tuple | None:
-        """`todo` with the pieces of `template` in front: (is a reference, text), rest."""
-        if template not in self.pieces:
-            self.pieces[template] = REFERENCE.split(template)
-        pieces = self.pieces[template]
-        for i in range(len(pieces) - 1, -1, -1):
-            if pieces[i]:
-                todo = ((i % 2 == 1, pieces[i]), todo)
-        return todo
+            for alternative in rule["alternatives"]:
+                texts = rule["shared"] | ({"text": alternative} if isinstance(alternative, str) else alternative)
+                self.rules[name].append(Alternative(texts.pop("text"), float(texts.pop("weight", 1)), texts))
 
     def to_next_choice(self, state: State) -> tuple[State, list[tuple[Alternative, float]], str | None]:
         """Write all that is certain; return the state before the next choice, its alternatives with probabilities, the name to remember.
@@ -81,7 +83,7 @@ class Grammar:
                 name, _, key = text[1:].partition(".")
                 if name not in state.bound or (key and key not in state.bound[name].texts):
                     raise ValueError(f"the grammar uses {{{text}}} where nothing of that name was drawn")
-                todo = self.push(state.bound[name].texts[key] if key else state.bound[name].text, todo)
+                todo = push(state.bound[name].texts[key] if key else state.bound[name].text, todo)
             else:
                 name, _, rule = text.rpartition(":")
                 rule, *others = rule.split("-")
@@ -96,24 +98,21 @@ class Grammar:
 
     def choose(self, state: State, alternative: Alternative, probability: float, name: str | None) -> State:
         bound = state.bound | {name: alternative} if name else state.bound
-        return State(state.written, self.push(alternative.text, state.todo), bound, state.log2p + math.log2(probability))
+        return State(state.written, push(alternative.text, state.todo), bound, state.log2p + math.log2(probability))
 
     def initial(self) -> State:
-        return State("", self.push("{" + self.start + "}", None))
+        return State("", push("{" + self.start + "}", None))
 
     def sample(self, rng: random.Random) -> tuple[str, float]:
         """One story and the log2 of its probability, its end included. Uses rng.random() only, whose stream Python keeps stable."""
         state, choices, name = self.to_next_choice(self.initial())
         while choices:
             r = rng.random()
-            taken = len(choices) - 1  # where rounding leaves a rest
-            for i, (_, probability) in enumerate(choices):
-                r -= probability
+            for choice in choices:  # the last one where rounding leaves a rest
+                r -= choice[1]
                 if r < 0:
-                    taken = i
                     break
-            alternative, probability = choices[taken]
-            state, choices, name = self.to_next_choice(self.choose(state, alternative, probability, name))
+            state, choices, name = self.to_next_choice(self.choose(state, *choice, name))
         return state.written, state.log2p
 
     def derivations(self, text: str | None = None) -> Iterator[tuple[str, float]]:
@@ -125,22 +124,11 @@ class Grammar:
                 continue
             if not choices and (text is None or state.written == text):
                 yield state.written, state.log2p
-            stack += [self.choose(state, alternative, probability, name) for alternative, probability in choices]
-
-    def check_unambiguous(self, state: State) -> None:
-        """Raise ValueError if, at the next choice, one alternative's certain beginning is a beginning of another's.
-
-        Where this holds at every choice, a text tells which alternative was taken, so no text has two derivations.
-        """
-        state, choices, name = self.to_next_choice(state)
-        beginnings = sorted(self.to_next_choice(self.choose(state, a, p, name))[0].written for a, p in choices)
-        for first, second in zip(beginnings, beginnings[1:]):
-            if second.startswith(first):
-                raise ValueError(f"two alternatives begin alike: {first[-40:]!r} and {second[-40:]!r}")
+            stack += [self.choose(state, *choice, name) for choice in choices]
 
 
-def load_grammar(path: Path = GRAMMAR_PATH) -> Grammar:
-    return Grammar(json.loads(path.read_text(encoding="utf-8")))
+def load_grammar() -> Grammar:
+    return Grammar(json.loads(GRAMMAR_PATH.read_text(encoding="utf-8")))
 
 
 def stories(grammar: Grammar, seed: int, split: str, count: int) -> Iterator[tuple[str, float]]:
@@ -158,7 +146,7 @@ class SampleStories(Source):
         self.text_bytes = STORY_BYTES * count  # near enough for a progress bar
         self.bits: list[float] = []
 
-    def documents(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[str]:
         self.bits = []
         for text, log2p in stories(self.grammar, self.seed, self.split, self.count):
             self.bits.append(-log2p)

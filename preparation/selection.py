@@ -2,7 +2,6 @@
 
 import math
 from collections import Counter
-from dataclasses import astuple, dataclass
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -26,36 +25,9 @@ class Kept(NamedTuple):
     bytes: int
 
 
-@dataclass(frozen=True)
-class Room:
-    """What a split may still get; infinite where there is no limit."""
-
-    documents: float
-    bytes: float
-    tokens: float
-
-    @classmethod
-    def within(cls, limits: Limits) -> "Room":
-        return cls(*(math.inf if limit is None else limit for limit in astuple(limits)))
-
-    def __sub__(self, kept: Kept) -> "Room":
-        return Room(self.documents - kept.documents, self.bytes - kept.bytes, self.tokens - len(kept.ids))
-
-    def __bool__(self) -> bool:
-        return min(self.documents, self.bytes, self.tokens) > 0
-
-    def whole(self, sizes: np.ndarray, tokens: np.ndarray) -> int:
-        """How many documents of these bytes (n,) and tokens (n,) fit in whole, from the first on."""
-        by_bytes = np.searchsorted(np.cumsum(sizes), self.bytes, "right")
-        by_tokens = np.searchsorted(np.cumsum(tokens), self.tokens, "right")
-        return int(min(len(tokens), self.documents, by_bytes, by_tokens))
-
-    def filled_by(self, sizes: np.ndarray, tokens: np.ndarray) -> int | None:
-        """Which document (0 for the first) of these bytes (n,) and tokens (n,) takes the last of the room; None if some is left."""
-        by_bytes = np.searchsorted(np.cumsum(sizes), self.bytes)
-        by_tokens = np.searchsorted(np.cumsum(tokens), self.tokens)
-        last = int(min(max(0, self.documents - 1), by_bytes, by_tokens, len(tokens)))
-        return last if last < len(tokens) else None
+def _amounts(encoded: Encoded, mine: np.ndarray) -> np.ndarray:
+    """Documents (1 each), bytes and tokens of the parts `mine` (parts,) bool: (n, 3) int64."""
+    return np.stack([mine, encoded.bytes, encoded.tokens], 1)[mine]
 
 
 class Selection:
@@ -75,36 +47,24 @@ class Selection:
     def start(self, group: Group, limits: Limits) -> None:
         """What follows belongs to this group."""
         self.group, self.limits = group, limits
-        self.room = dict.fromkeys(SPLITS, Room.within(limits))
-        self.taken = 0
-        self.full = False
+        self.room = dict.fromkeys(SPLITS, np.array(limits, float))  # what each split may still get: documents, bytes, tokens
+        self.taken, self.full = 0, False
 
     def wanted(self) -> float:
         """How many more documents can be used at most."""
-        return 0 if self.full else self.room[self.group.split or "train"].documents
+        return 0 if self.full else self.room[self.group.split or "train"][0]
 
     def keep(self, encoded: Encoded) -> list[Kept]:
-        """What is kept of some documents."""
-        fresh = self.seen.fresh(encoded.keys) if self.deduplicate else np.ones(len(encoded.keys), bool)
-        leaked = self.held_out.contains(encoded.keys) if self.group.split is None else np.zeros(len(fresh), bool)
+        """What is kept of some documents. Only those are looked at that come before the split that ends the group is full."""
+        keys, split = encoded.keys, self.group.split or "train"
+        fresh = self.seen.fresh(keys) if self.deduplicate else np.ones(len(keys), bool)
+        leaked = self.held_out.contains(keys) if self.group.split is None else np.zeros(len(keys), bool)
         ok = (fresh & ~leaked)[encoded.document]
-        used = self._documents_until_full(encoded, ok)
-        ok &= encoded.document < used
-        self._remember(encoded, used, fresh, leaked)
-        of_splits = ((split, ok & (encoded.split == i)) for i, split in enumerate(SPLITS))
-        return [self._fit(split, encoded, mine) for split, mine in of_splits if mine.any()]
-
-    def _documents_until_full(self, encoded: Encoded, ok: np.ndarray) -> int:
-        """How many of the documents are looked at before the split that ends the group is full: all of them if it stays open."""
-        split = self.group.split or "train"
         mine = ok & (encoded.split == SPLITS.index(split))
-        last = self.room[split].filled_by(encoded.bytes[mine], encoded.tokens[mine])
-        self.full = last is not None
-        return int(encoded.document[mine][last]) + 1 if self.full else len(encoded.keys)
-
-    def _remember(self, encoded: Encoded, used: int, fresh: np.ndarray, leaked: np.ndarray) -> None:
-        """Count what is dropped of the documents that are looked at, and remember their keys."""
-        keys, fresh, leaked = encoded.keys[:used], fresh[:used], leaked[:used]
+        filled = (_amounts(encoded, mine).cumsum(0) >= self.room[split]).any(1)
+        self.full = bool(filled.any())
+        used = int(encoded.document[mine][filled.argmax()]) + 1 if self.full else len(keys)
+        keys, fresh, leaked = keys[:used], fresh[:used], leaked[:used]
         self.counts += encoded.counts
         self.counts["in val or test already"] += int(leaked.sum())
         self.counts["duplicates"] += int((~fresh & ~leaked).sum())
@@ -112,19 +72,22 @@ class Selection:
             self.seen.add(keys[fresh])
         if self.group.split in ("val", "test"):
             self.held_out.add(keys[~self.held_out.contains(keys)])
+        ok &= encoded.document < used
+        of_splits = ((name, ok & (encoded.split == i)) for i, name in enumerate(SPLITS))
+        return [self._fit(name, encoded, of_split) for name, of_split in of_splits if of_split.any()]
 
     def _fit(self, split: str, encoded: Encoded, mine: np.ndarray) -> Kept:
         """As much of the parts `mine` (parts,) bool as the split has room for."""
-        tokens, sizes, room = encoded.tokens[mine], encoded.bytes[mine], self.room[split]
+        amounts, room = _amounts(encoded, mine), self.room[split]
         ids = encoded.ids if mine.all() else encoded.ids[np.repeat(mine, encoded.tokens)]
-        whole = room.whole(sizes, tokens)
-        end = int(tokens[:whole].sum())
-        kept = Kept(split, ids[:end], whole, int(sizes[:whole].sum()))
-        room -= kept
-        if whole < len(tokens):
-            if room:
-                kept = self._with_beginning(kept, ids[end : end + int(tokens[whole]) - 1], room)
-            room = Room(0, 0, 0)
+        whole = int((amounts.cumsum(0) <= room).all(1).sum())
+        documents, size, end = amounts[:whole].sum(0).tolist()
+        kept = Kept(split, ids[:end], documents, size)
+        room = room - (documents, size, end)
+        if whole < len(amounts):
+            if room.all():
+                kept = self._with_beginning(kept, ids[end : end + int(amounts[whole, 2]) - 1], room)
+            room = np.zeros(3)
         self.room[split] = room
         self.taken += len(kept.ids) * (split == "train")
         self.sizes[split].append(np.diff(np.flatnonzero(kept.ids == self.tokenizer.eot_id), prepend=-1).astype(np.int32))
@@ -132,12 +95,13 @@ class Selection:
             self.unknown[split] += int((kept.ids == self.tokenizer.unknown_id).sum())
         return kept
 
-    def _with_beginning(self, kept: Kept, ids: np.ndarray, room: Room) -> Kept:
+    def _with_beginning(self, kept: Kept, ids: np.ndarray, room: np.ndarray) -> Kept:
         """What is kept, and as much of a further document (ids, without EOT) as there is room for, cut between characters."""
-        decode, ids = self.tokenizer.decode, ids[: int(min(len(ids), room.tokens - 1))]
-        if room.bytes < math.inf:
-            ids = np.array(self.tokenizer.encode(decode(ids).encode()[: int(room.bytes)].decode(errors="ignore")), np.uint16)
-            ids = ids[: int(min(len(ids), room.tokens - 1))]
+        decode, (_, most_bytes, most_tokens) = self.tokenizer.decode, room
+        ids = ids[: int(min(len(ids), most_tokens - 1))]
+        if most_bytes < math.inf:
+            ids = np.array(self.tokenizer.encode(decode(ids).encode()[: int(most_bytes)].decode(errors="ignore")), np.uint16)
+            ids = ids[: int(min(len(ids), most_tokens - 1))]
         for _ in range(3):  # a character has four bytes at most, and U+FFFD may stand in the text itself
             if len(ids) and decode(ids[-4:]).endswith("\ufffd"):
                 ids = ids[:-1]
@@ -150,15 +114,14 @@ class Selection:
 
     def check_share(self) -> None:
         """A group that ended before its limit: an error where it should give a share of a mixture, else a notice."""
-        if self.full or self.group.split is not None or not self.limits:
+        limited = {f"--max_{name}": limit for name, limit in self.limits._asdict().items() if limit < math.inf}
+        if self.full or self.group.split is not None or not limited:
             return
-        named = [name for name in ("documents", "bytes", "tokens") if getattr(self.limits, name) is not None]
         if self.group.weight is not None:
-            raise ValueError(
-                f"{self.group.name} ended before its share of --max_{named[0]}, {getattr(self.limits, named[0]):,}; lower it, or leave it "
-                "out: then the mixture gets as large as the sources allow"
-            )
-        notice(f"the sources end before --max_{' and --max_'.join(named)}: train has {self.taken:,} tokens")
+            flag, limit = next(iter(limited.items()))
+            advice = "lower it, or leave it out: then the mixture gets as large as the sources allow"
+            raise ValueError(f"{self.group.name} ended before its share of {flag}, {limit:,}; {advice}")
+        notice(f"the sources end before {' and '.join(limited)}: train has {self.taken:,} tokens")
 
     def document_sizes(self) -> dict[str, np.ndarray]:
         """Tokens of each document of each split, (documents,) int32."""
@@ -170,15 +133,12 @@ def largest_mixture(corpus: Corpus, encoder: DocumentEncoder) -> Limits:
     selection, tokens = Selection(encoder.recipe.tokenizer, corpus.cleaning.deduplicate), []
     for group in tqdm(corpus.groups, desc="counting", unit="source", disable=None):
         selection.start(group, Limits())
-        for encoded in encoder.encode(group, None, selection.wanted):
+        for encoded in encoder.encode(group, math.inf, selection.wanted):
             selection.keep(encoded)
         if group.split is None:
             tokens.append(selection.taken)
     shares = [weight / sum(corpus.weights) for weight in corpus.weights]
     return Limits(tokens=int(min(Fraction(count) / share for count, share in zip(tokens, shares))))
-
-
-# ---------------------------------------------------------------- sets of documents
 
 
 class KeySet:

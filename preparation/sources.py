@@ -1,4 +1,4 @@
-"""Where documents come from: what every source can do, and text, JSON, CSV and Parquet files, also compressed. Doesn't import torch."""
+"""Where documents come from: text, JSON, CSV and Parquet files, also compressed, and datasets. Doesn't import torch."""
 
 import abc
 import bz2
@@ -14,62 +14,64 @@ import lzma
 import math
 import os
 import re
+import threading
+import urllib.error
+import urllib.request
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from utils import notice
+from utils import Checked, notice
 
 from formats.tokenizer import EOT
 
 CHUNK_BYTES = 2**20
+HUB_SECONDS = 6  # how long the hub may take to answer
 MAX_DOCUMENT = 2**26  # characters; a longer text is cut into documents at line ends, so that memory stays bounded
+REPLACED, CUT = "bytes that are not UTF-8", "cut into documents for their length"  # what may have to be mended
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
-class Format:
-    """How sources are read. separator: what stands between documents of a text file; text_field: key or column that holds the text;
-    errors: strict, or replace to read what is not UTF-8 as U+FFFD."""
+class Format(Checked):
+    """How sources are read."""
 
     separator: str = EOT
+    """What stands between two documents in a text file."""
     text_field: str = "text"
-    errors: str = "strict"
+    """Key or column that holds the text, in files and datasets that have such."""
+    errors: Literal["strict", "replace"] = "strict"
+    """What is not UTF-8: strict ends with file and byte, replace reads on with U+FFFD in its place and counts."""
+
+    def problems(self) -> list[str]:
+        return [] if self.separator else ["separator='' must not be empty"]
 
 
 class Source(abc.ABC):
     """Documents in a fixed order, which can be read several times.
 
-    name: for people and meta.json. text_bytes: size of the text, None where that isn't known before reading.
-    streamed: whether each reading is a download. replaced: what was not UTF-8 and became U+FFFD in the last reading; cut: documents cut off
-    for their length.
+    name: for people and meta.json. text_bytes: size of the text, None where that isn't known before reading. streamed: whether each reading
+    is a download. identity: equal for two sources that read the same. mended: what reading had to replace or cut so far.
     """
 
     text_bytes: int | None = None
     streamed = False
 
     def __init__(self, name: str, form: Format):
-        self.name, self.form = name, form
-        self.replaced = self.cut = 0
-
-    def __iter__(self) -> Iterator[str]:
-        """Documents in order. Raises ValueError for what can't be read."""
-        self.replaced = self.cut = 0
-        yield from self.documents()
+        self.name = self.identity = name
+        self.form = form
+        self.mended: Counter = Counter()
 
     @abc.abstractmethod
-    def documents(self) -> Iterator[str]:
-        """What `__iter__` gives; counts in `replaced` and `cut`."""
+    def __iter__(self) -> Iterator[str]:
+        """Documents in order. Raises ValueError for what can't be read."""
 
     @abc.abstractmethod
     def describe(self) -> dict:
         """What meta.json tells about it."""
-
-    @property
-    def identity(self) -> str:
-        """Equal for two sources that read the same."""
-        return self.name
 
     def text_of(self, value, where: str) -> str:
         """The text of a row, a mapping or the text itself; None counts as an empty document."""
@@ -79,19 +81,18 @@ class Source(abc.ABC):
                 raise ValueError(f"{self.name} {where} has no field {self.form.text_field!r}; pass --text_field, one of: {names}")
             value = value[self.form.text_field]
         if not isinstance(value, str | None):
-            raise ValueError(
-                f"{self.name} {where} has no text but {type(value).__name__} in field {self.form.text_field!r}; name another --text_field"
-            )
+            what = f"no text but {type(value).__name__} in field {self.form.text_field!r}"
+            raise ValueError(f"{self.name} {where} has {what}; name another --text_field")
         text = value or ""
         if not text.isascii() and SURROGATE.search(text):
             if self.form.errors == "strict":
                 raise ValueError(f"{self.name} {where} has half a character (a lone surrogate); pass --errors replace to put U+FFFD there")
             text, count = SURROGATE.subn("\ufffd", text)
-            self.replaced += count
+            self.mended[REPLACED] += count
         return text
 
 
-def open_zst(path: Path) -> io.RawIOBase:
+def open_zst(path: Path, mode: str) -> io.RawIOBase:
     import pyarrow  # comes with datasets
 
     return pyarrow.input_stream(str(path), compression="zstd")
@@ -108,6 +109,7 @@ class File(Source):
 
     def __init__(self, path: Path, form: Format):
         super().__init__(str(path), form)
+        self.identity = str(path.resolve())
         self.path, self.size = path, path.stat().st_size
         self.compressed = path.suffix.lower() in COMPRESSED
 
@@ -115,16 +117,12 @@ class File(Source):
     def text_bytes(self) -> int | None:
         return None if self.compressed else self.size
 
-    @property
-    def identity(self) -> str:
-        return str(self.path.resolve())
-
     def open(self):
-        return COMPRESSED[self.path.suffix.lower()](self.path) if self.compressed else open(self.path, "rb")
+        return COMPRESSED.get(self.path.suffix.lower(), open)(self.path, "rb")
 
     def chunks(self) -> Iterator[str]:
         """The file's text in pieces, without a byte order mark."""
-        decoder, offset = codecs.getincrementaldecoder("utf-8")(), 0
+        decoder, offset = codecs.getincrementaldecoder("utf-8")(self.form.errors), 0
         with self.open() as file:
             while True:
                 try:
@@ -133,27 +131,18 @@ class File(Source):
                     if not self.compressed:
                         raise
                     raise ValueError(f"{self.path} is cut off or damaged after {offset} bytes of text ({error}); get it again") from None
-                text = self._decode(decoder, chunk, offset)
+                data = decoder.getstate()[0] + chunk  # with the beginning of a character, where the last chunk ended within it
+                try:
+                    text = decoder.decode(chunk, final=not chunk)
+                except UnicodeDecodeError as error:
+                    at, advice = offset + len(chunk) - len(data) + error.start, "convert it, e.g. with: iconv -t UTF-8"
+                    replacing = "or pass --errors replace to read on with U+FFFD in its place"
+                    raise ValueError(f"{self.path} is not UTF-8 text (byte {at}); {advice}, {replacing}") from None
+                self.mended[REPLACED] += text.count("\ufffd") - data.count("\ufffd".encode())
                 yield text.removeprefix("\ufeff") if offset == 0 else text
                 offset += len(chunk)
                 if not chunk:
                     return
-
-    def _decode(self, decoder: codecs.IncrementalDecoder, chunk: bytes, offset: int) -> str:
-        text, rest = "", chunk
-        while True:
-            try:
-                return text + decoder.decode(rest, final=not chunk)
-            except UnicodeDecodeError as error:
-                at = offset + len(chunk) - len(error.object) + error.start
-                if self.form.errors == "strict":
-                    raise ValueError(
-                        f"{self.path} is not UTF-8 text (byte {at}); convert it, e.g. with: iconv -t UTF-8, "
-                        "or pass --errors replace to read on with U+FFFD in its place"
-                    ) from None
-                self.replaced += 1
-                decoder.reset()
-                text, rest = text + error.object[: error.start].decode() + "\ufffd", error.object[error.end :]
 
     def split(self, separator: str, longest: float = math.inf) -> Iterator[tuple[str, str]]:
         """The text's parts, and what ends each: separator, end (of the file) or cut, at a line end or space of a part beyond `longest`."""
@@ -166,7 +155,7 @@ class File(Source):
                 yield from ((part, "separator") for part in parts)
             while len(rest) > longest:
                 end = (rest.rfind("\n", 0, longest) + 1) or (rest.rfind(" ", 0, longest) + 1) or longest
-                self.cut += 1
+                self.mended[CUT] += 1
                 yield rest[:end], "cut"
                 rest = rest[end:]
         yield rest, "end"
@@ -179,7 +168,7 @@ class File(Source):
 class TextFile(File):
     """Documents with a separator between them, without the line ends next to it; without any, the file is one document."""
 
-    def documents(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[str]:
         separated = False
         for text, end in self.split(self.form.separator, MAX_DOCUMENT):
             separated |= end == "separator"
@@ -191,7 +180,7 @@ class TextFile(File):
 class JsonLines(File):
     """One JSON value a line: objects with a text field, or texts."""
 
-    def documents(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[str]:
         for number, (line, _) in enumerate(self.split("\n"), 1):
             if line.strip():
                 try:
@@ -206,7 +195,7 @@ class Json(File):
 
     SKIP = re.compile(r"[\s,]*")
 
-    def documents(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[str]:
         decoder, rest, number, in_list, wanted = json.JSONDecoder(), "", 0, None, 0
         for text in itertools.chain(self.chunks(), [None]):
             rest += text or ""
@@ -239,7 +228,7 @@ class Json(File):
 class Csv(File):
     """A table with a header line, fields separated by commas, or by tabs in .tsv files."""
 
-    def documents(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[str]:
         csv.field_size_limit(2**31 - 1)
         delimiter = "\t" if ".tsv" in self.path.suffixes else ","
         rows = csv.DictReader((line + "\n" for line, _ in self.split("\n")), delimiter=delimiter, strict=True)
@@ -256,7 +245,7 @@ class Parquet(File):
 
     text_bytes = None
 
-    def documents(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[str]:
         import pyarrow
         import pyarrow.parquet
 
@@ -266,14 +255,11 @@ class Parquet(File):
                 file = stack.enter_context(pyarrow.parquet.ParquetFile(source))
                 if self.form.text_field not in file.schema_arrow.names:
                     self.text_of(dict.fromkeys(file.schema_arrow.names), "")
-                number = 0
-                for batch in file.iter_batches(batch_size=1000, columns=[self.form.text_field]):
-                    for value in batch.column(0).to_pylist():
-                        number += 1
-                        yield self.text_of({self.form.text_field: value}, f"row {number}")
+                batches = file.iter_batches(batch_size=1000, columns=[self.form.text_field])
+                for number, row in enumerate(itertools.chain.from_iterable(batch.to_pylist() for batch in batches), 1):
+                    yield self.text_of(row, f"row {number}")
         except (pyarrow.ArrowException, EOFError, OSError, zlib.error) as error:
-            reason = str(error).partition(". ")[0]
-            raise ValueError(f"{self.path} is no Parquet file, or damaged ({reason}); get it again") from None
+            raise ValueError(f"{self.path} is no Parquet file, or damaged ({str(error).partition('. ')[0]}); get it again") from None
 
 
 FILE_KINDS = {".txt": TextFile, ".text": TextFile, ".jsonl": JsonLines, ".ndjson": JsonLines, ".json": Json}
@@ -286,9 +272,9 @@ def kind_of(path: Path) -> type[File] | None:
     return FILE_KINDS.get(suffix.lower())
 
 
-def walk(directory: Path) -> Iterator[Path]:
+def walk(directory: Path) -> list[Path]:
     """All files of known kinds below a directory, sorted; links are followed, each directory is entered once."""
-    seen, found, others = set(), [], set()
+    seen, found, others = set(), [], []
     for root, below, names in os.walk(directory, followlinks=True):
         place = os.stat(root)
         if (place.st_dev, place.st_ino) in seen:
@@ -296,16 +282,11 @@ def walk(directory: Path) -> Iterator[Path]:
             continue
         seen.add((place.st_dev, place.st_ino))
         below[:] = sorted(name for name in below if not name.startswith("."))
-        for name in names:
-            path = Path(root, name)
-            if name.startswith(".") or not path.is_file() or kind_of(path) is None:
-                others.add(path)
-            else:
-                found.append(path)
-    skipped = sorted(path for path in others if not path.name.startswith("."))
-    if skipped:
-        notice(f"{directory}: {len(skipped)} files of other kinds are left out, e.g. {skipped[0]}; name files to read them as text")
-    yield from sorted(found)
+        for path in (Path(root, name) for name in names if not name.startswith(".")):
+            (found if path.is_file() and kind_of(path) else others).append(path)
+    if others:
+        notice(f"{directory}: {len(others)} files of other kinds are left out, e.g. {min(others)}; name files to read them as text")
+    return sorted(found)
 
 
 def find_files(names: Iterable[str], form: Format) -> list[File]:
@@ -314,7 +295,7 @@ def find_files(names: Iterable[str], form: Format) -> list[File]:
     for name in names:
         path = Path(name)
         if path.is_dir():
-            found = list(walk(path))
+            found = walk(path)
         elif path.exists():
             found = [path]
         else:
@@ -322,9 +303,8 @@ def find_files(names: Iterable[str], form: Format) -> list[File]:
             found = sorted(match for match in below.glob(str(path.relative_to(path.anchor))) if match.is_file())
             found = [match for match in found if path.name.startswith(".") or not match.name.startswith(".")]
         if not found:
-            raise FileNotFoundError(
-                f"no text files at {name}; give an existing file, a glob, or a directory with {', '.join(FILE_KINDS)} (also compressed)"
-            )
+            kinds = f"{', '.join(FILE_KINDS)} (also compressed)"
+            raise FileNotFoundError(f"no text files at {name}; give an existing file, a glob, or a directory with {kinds}")
         for path in found:
             paths.setdefault(path.resolve(), path)
     odd = [str(path) for path in paths.values() if not path.is_file()]
@@ -334,3 +314,66 @@ def find_files(names: Iterable[str], form: Format) -> list[File]:
     if empty:
         raise ValueError(f"empty input: {', '.join(empty)}; leave it out or give a file with text")
     return [(kind_of(path) or TextFile)(path, form) for path in paths.values()]
+
+
+# ---------------------------------------------------------------- datasets
+
+
+class HubSplit(Source):
+    """One split of a `datasets` dataset, streamed. rows: its rows, a mapping of columns each."""
+
+    streamed = True
+
+    def __init__(self, name: str, split: str, rows: Iterable[dict], form: Format):
+        super().__init__(f"{name}:{split}", form)
+        self.rows = rows
+        self.read: dict = {}  # bytes and sha256 of the text, once the whole split was read
+
+    def __iter__(self) -> Iterator[str]:
+        digest, size = hashlib.sha256(), 0
+        for number, row in enumerate(self.rows, 1):
+            text = self.text_of(row, f"row {number}")
+            digest.update(text.encode())
+            size += len(text.encode())
+            yield text
+        self.read = {"bytes": size, "sha256": digest.hexdigest()}
+
+    def describe(self) -> dict:
+        return {"name": self.name} | self.read
+
+
+def hub_answers() -> bool:
+    """Whether the hub can be reached, decided within seconds: `datasets` itself would try for half a minute."""
+    answered = threading.Event()
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=HUB_SECONDS).close()
+        except urllib.error.HTTPError:
+            pass  # any answer will do
+        except (OSError, ValueError):
+            return
+        answered.set()
+
+    thread = threading.Thread(target=ask, daemon=True)  # looking up a name may hang beyond the timeout
+    thread.start()
+    thread.join(HUB_SECONDS)
+    return answered.is_set()
+
+
+def open_dataset(name: str, config: str | None, form: Format) -> dict[str, HubSplit]:
+    """The splits of a hub dataset or a local dataset folder, streamed. Raises ValueError if it can't be had."""
+    if not Path(name).exists() and not hub_answers():
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read when datasets is imported; what was downloaded before can still be had
+    import datasets
+
+    try:
+        splits = datasets.load_dataset(name, config, streaming=True)
+    except Exception as error:  # datasets passes on the errors of many libraries
+        reason = " ".join(str(error).split())[:200]
+        advice = "without network use --sample, or --input with your own files"
+        raise ValueError(f"the dataset {name!r} can't be had ({type(error).__name__}: {reason}); {advice}") from None
+    if "train" not in splits:
+        raise ValueError(f"the dataset {name!r} has no train split, only {', '.join(splits)}; download it and use --input")
+    return {split: HubSplit(name, split, rows, form) for split, rows in splits.items()}

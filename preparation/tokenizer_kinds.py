@@ -1,29 +1,28 @@
 """The kinds of tokenizers that are made here, each as a tokenizer.json: gpt2, bpe, wordpiece, word, char, byte. Doesn't import torch."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+
+from utils import notice
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers.normalizers import Normalizer
 
-from formats.tokenizer import EOT, MAX_VOCAB_SIZE, PADDING, UNKNOWN, TextTokenizer, byte_level, gpt2_tokenizer, load_tokenizer
-from formats.tokenizer_description import byte_characters
+from formats.tokenizer import BYTE_OF, EOT, MAX_VOCAB_SIZE, PADDING, UNKNOWN, TextTokenizer, byte_level, gpt2_tokenizer, load_tokenizer
 
 SPECIAL = (EOT, UNKNOWN, PADDING)  # of the kinds that don't know every text
+ALPHABET = sorted(BYTE_OF)
 SMALLEST = {"bpe": 257, "wordpiece": 515, "word": 4}  # all bytes (wordpiece: at a word's beginning and inside) and the special tokens
 
 
-def _finish(tokenizer: Tokenizer, normalizer: Normalizer | None, *special: str) -> TextTokenizer:
+def _finish(tokenizer: Tokenizer, *special: str) -> TextTokenizer:
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (EOT, *special)])
-    tokenizer.normalizer = normalizer
     return TextTokenizer(tokenizer.to_str())
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, normalizer: Normalizer | None = None) -> TextTokenizer:
     """Byte-level BPE (Sennrich et al. 2016) trained on `texts`; fewer tokens than asked for where the text gives no more merges."""
-    tokenizer = byte_level(models.BPE())
-    tokenizer.normalizer = normalizer
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[EOT], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[EOT], initial_alphabet=ALPHABET, show_progress=False)
+    tokenizer = byte_level(models.BPE(), normalizer)
     tokenizer.train_from_iterator(texts, trainer)
     return TextTokenizer(tokenizer.to_str())
 
@@ -33,39 +32,28 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int, normalizer: Normalize
 
     Words of more than 100 bytes become `<|unk|>`. Each "#" of the text stands alone, so that "##" always marks a part inside a word.
     """
-
-    def split_words(tokenizer: Tokenizer) -> None:
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Split("#", "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
-        )
-        tokenizer.normalizer = normalizer
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    inside = [f"##{character}" for character in alphabet]  # named here: found in the text, they would get ids in random order
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=[*SPECIAL, *inside], initial_alphabet=alphabet, show_progress=False
-    )
-    learner = Tokenizer(models.WordPiece(unk_token=UNKNOWN))
-    split_words(learner)
+    special = [*SPECIAL, *(f"##{character}" for character in ALPHABET)]  # found in the text, the latter would get ids in random order
+    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=ALPHABET, show_progress=False)
+    learner = byte_level(models.WordPiece(unk_token=UNKNOWN), normalizer)
+    learner.pre_tokenizer = words = pre_tokenizers.Sequence([pre_tokenizers.Split("#", "isolated"), learner.pre_tokenizer])
     learner.train_from_iterator(texts, trainer)
-    tokenizer = Tokenizer(models.WordPiece(learner.get_vocab(with_added_tokens=True), unk_token=UNKNOWN))
-    split_words(tokenizer)
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("##", ""), decoders.ByteLevel()])
-    return _finish(tokenizer, normalizer, UNKNOWN, PADDING)
+    tokenizer = byte_level(models.WordPiece(learner.get_vocab(with_added_tokens=True), unk_token=UNKNOWN), normalizer)
+    tokenizer.pre_tokenizer = words
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("##", ""), tokenizer.decoder])
+    return _finish(tokenizer, UNKNOWN, PADDING)
 
 
 def train_word(texts: Iterable[str], vocab_size: int, normalizer: Normalizer | None = None) -> TextTokenizer:
     """The most frequent words of `texts`, as GPT-2's pattern cuts them (a word carries the space before it); others become `<|unk|>`."""
-    tokenizer = byte_level(models.WordLevel(unk_token=UNKNOWN))
-    tokenizer.normalizer = normalizer
     trainer = trainers.WordLevelTrainer(vocab_size=vocab_size, special_tokens=list(SPECIAL), show_progress=False)
+    tokenizer = byte_level(models.WordLevel(unk_token=UNKNOWN), normalizer)
     tokenizer.train_from_iterator(texts, trainer)
     return TextTokenizer(tokenizer.to_str())
 
 
 def byte_tokenizer(normalizer: Normalizer | None = None) -> TextTokenizer:
     """Each UTF-8 byte is its own id 0..255; `<|endoftext|>` is 256."""
-    return _finish(byte_level(models.BPE({character: byte for byte, character in enumerate(byte_characters())}, [])), normalizer)
+    return _finish(byte_level(models.BPE(BYTE_OF, []), normalizer))
 
 
 def char_tokenizer(texts: Iterable[str], normalizer: Normalizer | None = None) -> TextTokenizer:
@@ -83,31 +71,17 @@ def char_tokenizer(texts: Iterable[str], normalizer: Normalizer | None = None) -
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    return _finish(tokenizer, normalizer, UNKNOWN, PADDING)
+    tokenizer.normalizer = normalizer
+    return _finish(tokenizer, UNKNOWN, PADDING)
 
 
 TRAINED = {"bpe": train_bpe, "wordpiece": train_wordpiece, "word": train_word}  # kinds with a vocab_size
-
-
-def check_vocab_size(kind: str, vocab_size: int) -> None:
-    """Raises ValueError for a vocab_size that can't hold what the kind needs, or is above 65,536."""
-    if not SMALLEST[kind] <= vocab_size <= MAX_VOCAB_SIZE:
-        needs = "all bytes and the special tokens" if kind != "word" else "the special tokens and a word"
-        raise ValueError(
-            f"vocab_size={vocab_size} must be between {SMALLEST[kind]} ({needs}) and {MAX_VOCAB_SIZE} (uint16 token files) for {kind}"
-        )
 
 
 def text_normalizer(lowercase: bool, nfc: bool) -> Normalizer | None:
     """What is done to every text, at preparation and at prompts; it becomes part of the tokenizer file."""
     parts = [normalizers.Lowercase()] * lowercase + [normalizers.NFC()] * nfc  # in this order the result is in NFC
     return normalizers.Sequence(parts) if len(parts) > 1 else parts[0] if parts else None
-
-
-def text_normalization(lowercase: bool, nfc: bool) -> Callable[[str], str]:
-    """`text_normalizer` as a function of a text."""
-    normalizer = text_normalizer(lowercase, nfc)
-    return str if normalizer is None else normalizer.normalize_str
 
 
 def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int, lowercase: bool = False, nfc: bool = False) -> TextTokenizer:
@@ -117,18 +91,23 @@ def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int, lowercase: 
     """
     normalizer = text_normalizer(lowercase, nfc)
     if kind in TRAINED:
-        check_vocab_size(kind, vocab_size)
-        return TRAINED[kind](texts, vocab_size, normalizer)
+        if not SMALLEST[kind] <= vocab_size <= MAX_VOCAB_SIZE:
+            needs = "all bytes and the special tokens" if kind != "word" else "the special tokens and a word"
+            limits = f"between {SMALLEST[kind]} ({needs}) and {MAX_VOCAB_SIZE} (uint16 token files)"
+            raise ValueError(f"vocab_size={vocab_size} must be {limits} for {kind}")
+        tokenizer = TRAINED[kind](texts, vocab_size, normalizer)
+        if tokenizer.vocab_size < vocab_size:
+            notice(f"the text gives only {tokenizer.vocab_size} tokens of the {vocab_size} asked for")
+        return tokenizer
     if kind == "char":
         return char_tokenizer(texts, normalizer)
     if kind == "byte":
         return byte_tokenizer(normalizer)
     if kind == "gpt2":
-        return gpt2_tokenizer() if normalizer is None else _finish(Tokenizer.from_str(gpt2_tokenizer().json), normalizer)
+        return gpt2_tokenizer(normalizer)
     tokenizer = load_tokenizer(kind)
     for asked, name, flag in ((lowercase, "Lowercase", "--lowercase"), (nfc, "NFC", "--nfc")):
         if asked and name not in tokenizer.normalizers:
-            raise ValueError(
-                f"{kind} was made without {flag}, so prompts would stay as they are; make a tokenizer with {flag}, or leave it out"
-            )
+            advice = f"make a tokenizer with {flag}, or leave it out"
+            raise ValueError(f"{kind} was made without {flag}, so prompts would stay as they are; {advice}")
     return tokenizer

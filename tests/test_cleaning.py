@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 import prepare_data
 from formats.data_directory import DataDirectory
 from formats.tokenizer import EOT
-from preparation.cleaning import Cleaning, skeleton
+from preparation.cleaning import Cleaning, document_key, skeleton, split_by_hash
 from preparation.corpus import DocumentSample
 from preparation.selection import KeySet
-from preparation.splits import document_key, split_by_hash
+from preparation.sources import Format
 from preparation.tokenizer_kinds import text_normalizer
 from prepare_data import Arguments
 from tests.runs import documents, write_stories
@@ -246,7 +246,7 @@ def test_what_lies_behind_a_limit_changes_nothing(tmp_path, monkeypatch, limit):
         with open(tmp_path / "a.txt", "ab") as file:
             file.write(b"\xff\xff")
         write_stories(tmp_path / "b.txt", STORIES[::-1])
-        shares = {"input": (f"{tmp_path}/a.txt:1", f"{tmp_path}/b.txt:1"), "errors": "replace", "num_workers": workers}
+        shares = {"input": (f"{tmp_path}/a.txt:1", f"{tmp_path}/b.txt:1"), "form": Format(errors="replace"), "num_workers": workers}
         results.append(prepared(tmp_path, {}, f"d{i}", **shares, **limit))
     assert results[0] == results[1] == results[2]
     first = documents(tmp_path / "d0", "train")
@@ -258,7 +258,7 @@ def test_bytes_that_are_not_utf8_are_counted_once(tmp_path):
     for name in "ab":
         (tmp_path / f"{name}.txt").write_bytes(EOT.join(f"{name} {text}" for text in STORIES).encode() + b" \xff end")
     inputs = (f"{tmp_path}/a.txt", f"{tmp_path}/b.txt")
-    meta = prepared(tmp_path, {}, input=inputs, errors="replace", tokenizer="bpe", vocab_size=300)
+    meta = prepared(tmp_path, {}, input=inputs, form=Format(errors="replace"), tokenizer="bpe", vocab_size=300)
     assert meta["counts"] == {"bytes that are not UTF-8": 2} and meta["made_with"]["errors"] == "replace"
 
 

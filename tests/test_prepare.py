@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from formats.data_directory import DataDirectory
 from formats.tokenizer import EOT, load_tokenizer
 from preparation import sample_corpus, sources
+from preparation.cleaning import split_by_hash, split_by_position
 from preparation.sources import Format, TextFile
-from preparation.splits import split_by_hash, split_by_position
 from tests.runs import documents, write_stories
 
 STORIES = [text for text, _ in sample_corpus.stories(sample_corpus.load_grammar(), 11, "train", 260)]

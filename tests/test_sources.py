@@ -20,8 +20,7 @@ import prepare_data
 from formats.data_directory import DataDirectory
 from formats.tokenizer import EOT
 from preparation import corpus, sources
-from preparation.hub import HubSplit
-from preparation.sources import Format, find_files
+from preparation.sources import CUT, REPLACED, Format, HubSplit, find_files
 from tests.runs import documents, write_stories
 from tests.test_prepare import STORIES
 
@@ -148,7 +147,7 @@ def test_replacing_reads_any_bytes_as_python_does(tmp_path_factory, data, chunk)
     try:
         (source,) = find_files([str(path)], Format("\n###\n", errors="replace"))
         assert list(source) == [(b"x" + data).decode(errors="replace")]
-        assert source.replaced == (b"x" + data).decode(errors="replace").count("\ufffd") - data.count("\ufffd".encode())
+        assert source.mended[REPLACED] == (b"x" + data).decode(errors="replace").count("\ufffd") - data.count("\ufffd".encode())
     finally:
         sources.CHUNK_BYTES = before
 
@@ -195,7 +194,7 @@ def test_very_long_documents_are_cut_at_line_ends(tmp_path, monkeypatch):
     (tmp_path / "t.txt").write_text(text)
     (source,) = find_files([str(tmp_path / "t.txt")], FORM)
     parts = list(source)
-    assert "".join(parts) == text and max(map(len, parts)) <= 1000 and source.cut == len(parts) - 1
+    assert "".join(parts) == text and max(map(len, parts)) <= 1000 and source.mended[CUT] == len(parts) - 1
     assert parts[0].endswith("\n") and parts[8].endswith(" ")
 
 
