@@ -166,9 +166,11 @@ class DataDirectory:
             return load_tokenizer(self.path)
         largest = max(self._open(split)[1] for split in self.splits if split != "test")
         if (self.path / "meta.pkl").exists() or largest not in GPT2_LARGEST_IDS:  # nanoGPT's meta.pkl maps characters; it is never opened
-            raise ValueError(f"{self.name} has no {META}, so its tokenizer is unknown; pass --tokenizer PATH or --tokenizer gpt2")
+            raise ValueError(
+                f"{self.name} has no {META}, so its tokenizer is unknown; put its tokenizer.json there, or pass train.py --tokenizer PATH"
+            )
         tokenizer = gpt2_tokenizer()
-        notice(f"{self.name} has no {META}: its 50,257 ids or fewer are taken as GPT-2's; pass --tokenizer PATH if they are others")
+        notice(f"{self.name} has no {META}: its 50,257 ids or fewer are taken as GPT-2's; put a tokenizer.json there if they are others")
         return tokenizer
 
     def _read_meta(self) -> dict:
