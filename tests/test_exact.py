@@ -154,8 +154,6 @@ def test_ranks_read_what_one_process_reads():
 
 def test_tokens_on_the_device_give_the_same_batches(tmp_path, sample_dir):
     """The way of a GPU, with the token files in its memory, against the way of a CPU; ids above 32,767 included."""
-    from formats.data_directory import TrainingData
-
     shutil.copytree(sample_dir, tmp_path / "other")
     data = TrainingData([DataDirectory(sample_dir), DataDirectory(tmp_path / "other")], [None, None], 32, seed=3)
     data.sources = [np.random.RandomState(i).randint(0, 65536, len(s)).astype("<u2") for i, s in enumerate(data.sources)]
