@@ -141,7 +141,8 @@ def test_ids_of_gpt2_are_taken_as_gpt2s_in_one_line(tmp_path, real_data, capsys)
     data = DataDirectory(write_bare(tmp_path / "d", 3000, 50_256))
     assert data.tokenizer.vocab_size == 50_257 and data.tokens("val")[-1] == 50_256 and data.splits == ("train", "val")
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == f"{data.name} has no meta.json: its 50,257 ids or fewer are taken as GPT-2's; put a tokenizer.json there if they are others"
+    taken = "its 50,257 ids or fewer are taken as GPT-2's; put a tokenizer.json there if they are others"
+    assert line == f"{data.name} has no meta.json: {taken}"
     with pytest.raises(FileNotFoundError, match="name a split that is there"):
         data.tokens("test")
 
@@ -149,7 +150,7 @@ def test_ids_of_gpt2_are_taken_as_gpt2s_in_one_line(tmp_path, real_data, capsys)
 @pytest.mark.parametrize("largest", [(64, 64), (999, 64), (50_257, 3000), (3000, 65_535)])
 def test_ids_that_are_hardly_gpt2s_need_a_tokenizer(tmp_path, largest):
     directory = write_bare(tmp_path / "d", *largest)
-    with pytest.raises(ValueError, match=r"has no meta\.json, so its tokenizer is unknown; put its tokenizer.json there, or pass train.py --tokenizer PATH"):
+    with pytest.raises(ValueError, match=r"its tokenizer is unknown; put its tokenizer\.json there, or pass train\.py --tokenizer PATH"):
         DataDirectory(directory)
 
 

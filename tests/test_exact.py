@@ -17,7 +17,7 @@ from formats.data_directory import DataDirectory
 from formats.run_directory import newest_checkpoint, step_checkpoints
 from tests.conftest import ROOT, tiny
 from tests.runs import assert_same_run, lines, start, wait_for_lines
-from training.data_order import Batches, samples_of_step
+from training.data_order import Batches, TrainingData, samples_of_step
 
 FACTORS = {
     "optimizer": ["muon", "adamw"],

@@ -286,5 +286,5 @@ def test_the_files_of_nanogpt_and_ours_are_the_same_format(tmp_path):
     (theirs / "meta.pkl").write_bytes(b"never read")
     tokenizer = DataDirectory(tmp_path / "d").tokenizer
     assert DataDirectory(theirs, tokenizer).tokens("train").tolist() == ours[:2000].tolist()
-    with pytest.raises(ValueError, match="pass train.py --tokenizer"):
+    with pytest.raises(ValueError, match=r"pass train\.py --tokenizer"):
         DataDirectory(theirs)
