@@ -30,7 +30,7 @@ from training.estimates import fitting_batch
 from training.learner import Learner
 from training.processes import Processes
 from training.report import StepLog, announce, duration, open_log, plot_losses
-from training.start import Arguments, Start, make_start, open_directories, read_arguments, read_source, run_directory, weights_for
+from training.start import Arguments, Start, make_start, open_directories, read_arguments, read_source, run_directory
 from training.step import training_step
 from training.validation import Validation
 
@@ -119,7 +119,10 @@ def set_up(start: Start, device: str, processes: Processes) -> tuple[Learner, Va
     torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it
     model = GPT(start.model_config).to(device)
     if start.source is not None:
-        load_weights(model, weights_for(start.source, start.model_config), start.source["origin"]["name"])
+        weights = dict(start.source["model"])
+        if "wpe.weight" in weights:  # learned positions beyond block_size are left out
+            weights["wpe.weight"] = weights["wpe.weight"][: model.config.block_size]
+        load_weights(model, weights, start.source["origin"]["name"])
     announce(start, model, validation, machine, processes.count, memory, micro_batch)
     learner = Learner(model, config, machine, processes, micro_batch)
     processes.wait()  # until all have read what rank 0 is going to change
@@ -132,11 +135,9 @@ def set_up(start: Start, device: str, processes: Processes) -> tuple[Learner, Va
 
 
 def prepare_text(args: Arguments, asked: dict[str, object], run_dir: Path, source: dict | None) -> None:
-    """Prepare --dataset into the run's own data/, unless it holds the same already, or a run that was trained on it is to be resumed."""
+    """Prepare --dataset into the run's own data/, unless it holds the same already."""
     import prepare_data
 
-    if find_resumed(args.resume, run_dir) is not None and (run_dir / "data" / META).is_file():
-        return
     given = {"input": (args.dataset,)} if Path(args.dataset).exists() else {"dataset": (args.dataset,)}
     choices = {"vocab_size": asked["vocab_size"]} if "vocab_size" in asked else {}
     tokenizer = args.tokenizer
@@ -182,7 +183,7 @@ def run(args: Arguments, asked: dict[str, object], device: str, processes: Proce
     resumed = find_resumed(args.resume, run_dir)
     source = read_source(args.init_from) if args.init_from is not None and resumed is None else None
     if args.dataset is not None:
-        if processes.first:
+        if processes.first and not (resumed is not None and (run_dir / "data" / META).is_file()):
             prepare_text(args, asked, run_dir, source)
         processes.wait()
         directories, weights = [DataDirectory(run_dir / "data")], [None]

@@ -33,15 +33,6 @@ def describe(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-def _line_of_config(error: BaseException) -> int | None:
-    """The line of config.py whose execution raised the error, None for other errors."""
-    config = str(Path(__file__).with_name("config.py"))
-    if isinstance(error, SyntaxError) and error.filename == config:
-        return error.lineno
-    frames = traceback.extract_tb(error.__traceback__)
-    return next((frame.lineno for frame in frames if frame.filename == config and frame.name == "<module>"), None)
-
-
 def report(error: BaseException) -> int:
     """Say on stderr what ended the program: one sentence for the user's mistake, a traceback for a bug of ours. Returns the exit code."""
     if isinstance(error, KeyboardInterrupt):
@@ -53,12 +44,12 @@ def report(error: BaseException) -> int:
     if isinstance(error, BrokenPipeError):  # who reads our output, `head` say, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    line = _line_of_config(error)
-    if line is not None:
-        print(f"error: config.py: line {line}: {describe(error)}", file=sys.stderr)
-        return 2
-    if isinstance(error, ValueError | OSError):
-        print(f"error: {describe(error)}", file=sys.stderr)
+    config = str(Path(__file__).with_name("config.py"))  # which line of it raised the error, if one did?
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if (frame.filename, frame.name) == (config, "<module>")]
+    if isinstance(error, SyntaxError) and error.filename == config:
+        lines = [error.lineno]
+    if lines or isinstance(error, ValueError | OSError):
+        print("error: " + (f"config.py: line {lines[0]}: " if lines else "") + describe(error), file=sys.stderr)
         return 2
     traceback.print_exception(error)
     return 1
@@ -152,10 +143,9 @@ def replace_fields(config, values: dict, may_change: typing.Collection[str] | No
 
 def flag_types(kind: type) -> dict[str, object]:
     """Name -> type of every flag of a dataclass, nested dataclasses included."""
-    hints, flags = typing.get_type_hints(kind), {}
-    for field in dataclasses.fields(kind):
-        hint = hints[field.name]
-        flags |= flag_types(hint) if dataclasses.is_dataclass(hint) else {field.name: hint}
+    flags = {}
+    for name, hint in typing.get_type_hints(kind).items():
+        flags |= flag_types(hint) if dataclasses.is_dataclass(hint) else {name: hint}
     return flags
 
 
@@ -220,11 +210,9 @@ def read_command_line(kind: type, argv: list[str] | None, doc: str | None, alias
 
 def parse_weighted(text: str) -> tuple[str, Fraction | None]:
     """`PATH` or `PATH:0.7` as (path, weight). Read from the right, so that C:\\x stays a path, as does what exists. Raises ValueError."""
-    path, colon, weight = text.rpartition(":")
-    if not colon or not path or not weight or not (weight[0].isdigit() or weight[0] in ".-+") or Path(text).exists():
-        return text, None
+    path, _, weight = text.rpartition(":")
     try:
-        value = Fraction(weight)
+        value = Fraction(weight if path and not Path(text).exists() else "")
     except (ValueError, ZeroDivisionError):
         return text, None
     if value <= 0:
@@ -251,7 +239,7 @@ def fsync_directory(path: Path) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[typing.BinaryIO], object]) -> None:
-    """Write a file under a temporary name beside it, make it durable, and rename it: a reader sees the old file or the whole new one.
+    """Write a file under a temporary name, make it durable, rename it: a reader sees the old file or the whole new one.
 
     Raises OSError; then the temporary file is gone and the old file untouched.
     """
@@ -408,12 +396,10 @@ def explained_failures(device: str, advice: str, processes: int = 1) -> Iterator
     try:
         yield
     except RuntimeError as error:
-        text = " ".join(str(error).split())
+        text = describe(error)
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in text:
             raise ValueError(f"the memory of {device} is full; {advice}") from None
         if processes > 1 and (isinstance(error, torch.distributed.DistError) or "gloo" in text or "NCCL" in text):
-            rank = os.environ.get("RANK")
-            raise LostProcess(
-                f"rank {rank}: another process of this run has ended or can't be reached; start it again with --resume auto ({text[:100]})"
-            ) from None
+            lost = f"rank {os.environ.get('RANK')}: another process of this run has ended or can't be reached"
+            raise LostProcess(f"{lost}; start it again with --resume auto ({text[:100]})") from None
         raise

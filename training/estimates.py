@@ -76,10 +76,8 @@ def fitting_batch(model_config: GPTConfig, config: TrainConfig, machine: Machine
         if free is None or need * together <= free:
             return need, size
         if size == 1:
-            raise ValueError(
-                f"this training needs about {need * together / 1e9:.1f} GB even with one window at a time, and {free / 1e9:.1f} GB "
-                "are free; take a smaller model (--preset nano) or a shorter --block_size"
-            )
+            needs = f"about {need * together / 1e9:.1f} GB even with one window at a time, and {free / 1e9:.1f} GB are free"
+            raise ValueError(f"this training needs {needs}; take a smaller model (--preset nano) or a shorter --block_size")
         _, size = passes_of_step(config, processes, size - 1)
 
 

@@ -49,10 +49,8 @@ def passes_of_step(config: TrainConfig, processes: int, micro_batch: int | None 
     """
     batch, accumulation = config.batch_size, config.gradient_accumulation_steps
     if accumulation % processes and batch % processes:
-        raise ValueError(
-            f"gradient_accumulation_steps={accumulation} and batch_size={batch}: neither can be divided by {processes} processes; "
-            f"give --gradient_accumulation_steps {-(-accumulation // processes) * processes}"
-        )
+        neither = f"gradient_accumulation_steps={accumulation} and batch_size={batch}: neither can be divided by {processes} processes"
+        raise ValueError(f"{neither}; give --gradient_accumulation_steps {-(-accumulation // processes) * processes}")
     windows = config.windows_per_step // processes
     most = min(batch if accumulation % processes == 0 else batch // processes, micro_batch or windows)
     size = next(size for size in range(most, 0, -1) if windows % size == 0)
@@ -100,8 +98,7 @@ class Learner:
     def check_finite(self, saving: bool = False, validation_loss: float = 0.0) -> bool:
         """Whether the weights are beyond doubt: the last step was not skipped, or only for float16's loss scale.
 
-        Raises FloatingPointError after several skipped steps in a row; if weights in doubt would be saved; for a validation loss that
-        isn't finite.
+        Raises FloatingPointError after several skipped steps in a row, before weights in doubt are saved, for an infinite validation loss.
         """
         in_a_row, new = map(int, self.skipped.tolist())
         self.skipped[1] = 0

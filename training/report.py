@@ -3,12 +3,12 @@
 import warnings
 from pathlib import Path
 
-from utils import Machine, notice, write_atomically, write_text
+from utils import Machine, notice, write_atomically, write_json, write_text
 
 from tqdm import tqdm
 
 from formats.metrics import METRICS, MetricsLog, read_metrics
-from formats.run_directory import check_branch, clear_run, write_config
+from formats.run_directory import check_branch, clear_run
 from models import GPT
 from training.estimates import peak_flops, seconds_per_step
 from training.learner import Learner
@@ -20,10 +20,8 @@ LONG_ON_CPU = 6 * 3600  # seconds
 
 
 def duration(seconds: float) -> str:
-    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 1.5 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} seconds"
+    units = {"days": 86400, "hours": 3600, "minutes": 60}
+    return next((f"{seconds / size:.1f} {unit}" for unit, size in units.items() if seconds >= 1.5 * size), f"{seconds:.0f} seconds")
 
 
 def announce(start: Start, model: GPT, validation: Validation, machine: Machine, processes: int, memory: float, micro_batch: int) -> None:
@@ -73,9 +71,10 @@ def open_log(start: Start, learner: Learner) -> MetricsLog:
     run_dir.mkdir(parents=True, exist_ok=True)
     if resumed is None:
         clear_run(run_dir)
-    extra = {"data": dict(zip(start.names, content["data"])), "init_from": content["init_from"], "environment": learner.environment()}
-    write_config(run_dir, start.model_config, start.config, extra)
-    write_text(run_dir / "tokenizer.json", start.tokenizer.json)
+    config = {"model": content["model_config"], "train": content["train_config"], "data": dict(zip(start.names, content["data"]))}
+    config |= {"init_from": content["init_from"], "environment": learner.environment()}
+    write_json(run_dir / "config.json", config)  # for people, never read back
+    write_text(run_dir / "tokenizer.json", content["tokenizer"])
     earlier = (resumed[0].parent / METRICS, resumed[1]["resume"]["metrics"]) if resumed else None
     return MetricsLog(run_dir / METRICS, earlier, learner.progress.step + 1 if start.config.tensorboard else None)
 
@@ -147,13 +146,10 @@ def plot_losses(run_dir: Path, entropy: float | None = None) -> None:
     if values:  # the first steps from ln(vocab) down would flatten the rest
         low, high = min(values[0], entropy or values[0]), values[int(0.97 * (len(values) - 1))]
         axes.set_ylim(low - 0.05 * (high - low + 0.1), high + 0.1 * (high - low + 0.1))
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats per token)")
-    axes.set_title(run_dir.resolve().name)
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=run_dir.resolve().name)
     axes.grid(alpha=0.3)
     axes.legend(loc="upper right")
     figure.tight_layout()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a glyph that the font lacks in the title
+    with warnings.catch_warnings(action="ignore"):  # a glyph that the font lacks in the title
         write_atomically(run_dir / "loss.png", lambda file: figure.savefig(file, format="png"))
     plt.close(figure)

@@ -13,13 +13,12 @@ from typing import get_args, get_type_hints
 
 from utils import asked_values, normalize_flags, notice, parse_flags, parse_weighted, replace_fields
 
-from torch import Tensor
-
 import config as settings
 from config import FINE_TUNING, PRESETS, GPTConfig, TrainConfig
 from formats import huggingface
+from formats.checkpoint import load_checkpoint
 from formats.data_directory import DataDirectory
-from formats.run_directory import HOME, is_claimed, is_finished, load_content
+from formats.run_directory import BEST, HOME, is_finished, is_occupied, load_content, newest_checkpoint
 from formats.tokenizer import KINDS, TextTokenizer, gpt2_tokenizer, load_tokenizer
 from training.data_order import TrainingData
 
@@ -32,7 +31,7 @@ PLACES = {"data_dir", "out_dir"}  # no part of what a run is
 LENGTHS = ("max_steps", "epochs", "max_tokens")
 
 HUB_NAMES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium")}
-HUB_FILES = ("config.json", "model.safetensors", "tokenizer.json")
+HUB_FILES = ["config.json", "model.safetensors", "tokenizer.json"]
 
 # ---------------------------------------------------------------- what is asked for
 
@@ -140,11 +139,10 @@ def resolve(
             raise ValueError(f"block_size={asked['block_size']}, but {name} has learned {shape['block_size']} positions; pass at most that")
         model = replace_fields(GPTConfig(**shape | {"dropout": 0.0, "flash": True}), asked, OF_THIS_RUN, name)
         return model, fine_tuning(args.train, asked, model.n_embd)
-    if "vocab_size" in asked and args.dataset is None and asked["vocab_size"] != tokenizer.vocab_size:
-        raise ValueError(
-            f"vocab_size={asked['vocab_size']}, but the data's tokenizer has {tokenizer.vocab_size} ids; leave --vocab_size out"
-        )
-    return dataclasses.replace(args.model, vocab_size=tokenizer.vocab_size), args.train
+    ids, wanted = tokenizer.vocab_size, asked.get("vocab_size")
+    if wanted not in (None, ids) and args.dataset is None:
+        raise ValueError(f"vocab_size={wanted}, but the data's tokenizer has {ids} ids; leave --vocab_size out")
+    return dataclasses.replace(args.model, vocab_size=ids), args.train
 
 
 def fine_tuning(config: TrainConfig, asked: dict[str, object], n_embd: int) -> TrainConfig:
@@ -180,10 +178,7 @@ def read_source(name: str) -> dict:
 
     NAME is whatever --checkpoint takes, or gpt2, gpt2-medium from the Hugging Face hub. Raises FileNotFoundError, ValueError.
     """
-    if name in HUB_NAMES and not Path(name).exists():
-        content = huggingface.load_folder(download(name))
-    else:
-        _, content = load_content(name)
+    content = huggingface.load_folder(download(name)) if name in HUB_NAMES and not Path(name).exists() else load_content(name)[1]
     digest = hashlib.sha256()
     for key, weight in sorted(content["model"].items()):
         digest.update(key.encode() + weight.contiguous().numpy().tobytes())
@@ -196,17 +191,12 @@ def download(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(HUB_NAMES[name], allow_patterns=list(HUB_FILES), etag_timeout=5))
+        return Path(snapshot_download(HUB_NAMES[name], allow_patterns=HUB_FILES, etag_timeout=5))
     except Exception as error:  # its own kinds, requests', httpx', the system's
         raise ValueError(
             f"{name} can't be had from the Hugging Face hub ({type(error).__name__}); "
             "give --init_from a folder with its config.json, model.safetensors and tokenizer.json, or a checkpoint"
         ) from None
-
-
-def weights_for(source: dict, shape: GPTConfig) -> dict[str, Tensor]:
-    """The source's weights for this shape: learned positions beyond block_size are left out."""
-    return {name: weight[: shape.block_size] if name == "wpe.weight" else weight for name, weight in source["model"].items()}
 
 
 # ---------------------------------------------------------------- all of it
@@ -230,10 +220,6 @@ class Start:
     source: dict | None
 
     @property
-    def tokenizer(self) -> TextTokenizer:
-        return self.directories[0].tokenizer
-
-    @property
     def names(self) -> list[str]:
         """The data directories as the user named them."""
         return [directory.name for directory in self.directories]
@@ -243,48 +229,51 @@ class Start:
         return {
             "model_config": dataclasses.asdict(self.model_config),
             "train_config": dataclasses.asdict(self.config),
-            "tokenizer": self.tokenizer.json,
+            "tokenizer": self.directories[0].tokenizer.json,
             "data": self.data.fingerprint,
             "init_from": self.resumed[1].get("init_from") if self.resumed else self.source and self.source["origin"],
         }
 
     def same_run(self, content: dict) -> bool:
         """Whether a checkpoint belongs to this very run, wherever its directories are."""
-
-        def identity(values: dict) -> tuple:
-            train = dataclasses.asdict(TrainConfig(**values["train_config"]))
-            return values["model_config"], {k: v for k, v in train.items() if k not in PLACES}, values["data"], values.get("init_from")
-
-        return identity(content) == identity(self.content())
+        mine, train = self.content(), TrainConfig(**content["train_config"])
+        train = dataclasses.replace(train, **{name: getattr(self.config, name) for name in PLACES})
+        return train == self.config and all(content.get(key) == mine[key] for key in ("model_config", "data", "init_from"))
 
     def finished_step(self, overwrite: bool, resume: str | None) -> int | None:
         """The last step of this very run, if the run directory holds it finished. Raises ValueError if another one is in the way."""
         if self.resumed is not None:
             content = self.resumed[1]
             return content["step"] if is_finished(content, self.config) else None
-        newest = None if overwrite else is_claimed(self.run_dir, resume, self.same_run)
-        return newest and newest["step"]
+        if overwrite or not is_occupied(self.run_dir):
+            return None
+        newest = newest_checkpoint(self.run_dir)
+        if newest is not None and self.same_run(newest[1]) and is_finished(newest[1]):
+            return newest[1]["step"]
+        best = self.run_dir / BEST
+        if resume == "auto" and newest is None and (not best.exists() or self.same_run(load_checkpoint(best))):
+            return None  # this run, begun, but stopped before its first complete checkpoint
+        choices = "continue it with --resume auto, delete it with --overwrite, or choose another --out_dir"
+        raise ValueError(f"{self.run_dir} holds another run; {choices}")
 
 
 def make_start(
-    args: Arguments,
-    asked: dict[str, object],
-    resumed: tuple[Path, dict] | None,
-    source: dict | None,
-    directories: list[DataDirectory],
-    weights: list[Fraction | None],
+    args: Arguments, asked: dict, resumed: tuple[Path, dict] | None, source: dict | None, directories: list, weights: list
 ) -> Start:
-    """Put together what was read, and resolve the configuration. Raises ValueError, FileNotFoundError for what can't be done."""
+    """Put together what was read, and resolve the configuration. Raises ValueError, FileNotFoundError for what can't be done.
+
+    directories, weights: as open_directories gives them.
+    """
+    first = directories[0]
     if source is not None:  # else the data's ids would mean nothing to the model
         name = source["origin"]["name"]
         folder = Path(name).parent if name.endswith(".pt") else name
-        directories[0].check_tokenizer(TextTokenizer(source["tokenizer"], name), name, folder)
-    model_config, config = resolve(args, asked, directories[0].tokenizer, resumed and resumed[1], source)
+        first.check_tokenizer(TextTokenizer(source["tokenizer"], name), name, folder)
+    model_config, config = resolve(args, asked, first.tokenizer, resumed and resumed[1], source)
     data = TrainingData(directories, weights, model_config.block_size, config.seed)
     config = fix_length(config, "warmup_steps" in asked or resumed is not None, data)
     if resumed is not None:
         check_resumed(resumed, args.init_from, data)
-    first = directories[0]
     also = [DataDirectory(name, first.tokenizer) for name in args.also_eval]
     for directory in also:
         directory.check_tokenizer(first.tokenizer, first.name, first.name, "--also_eval ")
