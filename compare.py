@@ -67,8 +67,7 @@ def read_documents(data: DataDirectory, split: str, limit: int | None) -> list[s
 def document_bits(run: str, texts: list[str], device: str, batch_size: int) -> np.ndarray:
     """Bits that a run needs for each document, its end included, (documents,) float64. Raises ValueError for a lossy tokenizer."""
     model, tokenizer, path, _ = load_model(run, device)
-    encoded = [[*tokenizer.encode(text), tokenizer.eot_id] for text in texts]
-    tokens = np.array([i for ids in encoded for i in ids], DTYPE)
+    tokens = np.array([i for text in texts for i in (*tokenizer.encode(text), tokenizer.eot_id)], DTYPE)
     reason = why_no_bits_per_byte(tokenizer, tokens)
     if reason:
         raise ValueError(f"{path} can't be compared: {reason}; train it with a byte-level tokenizer")
@@ -102,10 +101,9 @@ def main(argv: list[str] | None = None) -> int:
     device, results = choose_device(args.device), {}
     for name in args.data_dir:
         data = DataDirectory(name)
-        split = args.split or "test"
-        if args.split is None and "test" not in data.splits and "val" in data.splits:
+        split = args.split or ("val" if "val" in data.splits and "test" not in data.splits else "test")
+        if args.split is None and split == "val":
             notice(f"{name} has no test split; its val split is read")
-            split = "val"
         texts = read_documents(data, split, args.max_documents)
         n_bytes = np.array([len(text.encode()) for text in texts], float)
         bits = {run: document_bits(run, texts, device, args.batch_size) for run in args.runs}

@@ -56,16 +56,12 @@ class Arguments(Checked):
 
 def text_tokens(name: str, separator: str, tokenizer: TextTokenizer) -> tuple[np.ndarray, int, int]:
     """A text as a split: its ids with an EOT behind each document (n,) uint16, UTF-8 bytes of the documents, their number."""
-    ids: list[int] = []
-    n_bytes = documents = 0
-    for text in map(tokenizer.normalize, itertools.chain.from_iterable(find_files([name], Format(separator)))):
-        if text.strip():
-            ids += [*tokenizer.encode(text), tokenizer.eot_id]
-            n_bytes += len(text.encode())
-            documents += 1
-    if not documents:
+    texts = map(tokenizer.normalize, itertools.chain.from_iterable(find_files([name], Format(separator))))
+    texts = [text for text in texts if text.strip()]
+    if not texts:
         raise ValueError(f"{name} holds no text; give a file with some")
-    return np.array(ids, dtype=DTYPE), n_bytes, documents
+    ids = [i for text in texts for i in (*tokenizer.encode(text), tokenizer.eot_id)]
+    return np.array(ids, dtype=DTYPE), sum(len(text.encode()) for text in texts), len(texts)
 
 
 def compare_with_entropy(score: Score, tokens: np.ndarray, eot_id: int, entropy: list[float], n_bytes: int) -> dict:

@@ -66,7 +66,7 @@ def train(start: Start, learner: Learner, validation: Validation, log: MetricsLo
             saving = last or progress.step % config.checkpoint_interval == 0
             logging = progress.step % config.log_interval == 0
             sound = learner.check_finite() if logging or evaluating or saving or learner.machine.kind == "cpu" else True
-            step_log.timed(time.perf_counter() - began)
+            step_log.seconds.append(time.perf_counter() - began)
             if logging:
                 step_log.write()
             bar.update()
@@ -155,26 +155,16 @@ def prepare_text(args: Arguments, asked: dict[str, object], run_dir: Path, sourc
     prepare_data.prepare(preparing)
 
 
-def finish(start: Start, learner: Learner, validation: Validation, stop: StopSignal, seconds: float) -> int:
-    """Draw the curves and say how it went. Returns the exit code."""
+def finish(start: Start, learner: Learner, validation: Validation, stop: StopSignal, seconds: float) -> None:
+    """Draw the curves and say how it went."""
     run_dir, step = start.run_dir, learner.progress.step
     plot_losses(run_dir, validation.entropy(len(validation.prefix.tokens) / math.log(2)))
     if stop:
         notice(f"stopped by signal {stop.number} at step {step}, everything saved; continue with --resume auto")
-        return 128 + stop.number
+        return
     early = ", stopped early: no better validation loss any more" if step < start.config.max_steps else ""
     print(f"{run_dir}: {step} steps in {duration(seconds)}, {validation.describe(validation.newest)}{early}")
     notice(f'next: python generate.py --checkpoint {run_dir} --prompt "Once upon a time"')
-    return 0
-
-
-def export(run_dir: Path, formats: tuple[str, ...]) -> int:
-    """Export a finished run's best model. Returns the exit code."""
-    if not formats:
-        return 0
-    import export_model
-
-    return 0 if export_model.export(run_dir / BEST, formats, run_dir) else 1
 
 
 def run(args: Arguments, asked: dict[str, object], device: str, processes: Processes) -> int:
@@ -191,18 +181,22 @@ def run(args: Arguments, asked: dict[str, object], device: str, processes: Proce
         directories, weights = open_directories(args.train.data_dir, args.tokenizer)
     start = make_start(args, asked, resumed, source, directories, weights)
     finished = start.finished_step(args.overwrite, args.resume)
-    if finished is not None:
-        if not processes.first:
-            return 0
+    if finished is None:
+        learner, validation = set_up(start, device, processes)
+        log, began = open_log(start, learner) if processes.first else None, time.perf_counter()
+        with contextlib.closing(log) if log else contextlib.nullcontext(), StopSignal() as stop:
+            train(start, learner, validation, log, stop)
+        if processes.first:
+            finish(start, learner, validation, stop, time.perf_counter() - began)
+        if stop:
+            return 128 + stop.number
+    elif processes.first:
         print(f"{run_dir} holds this very run, finished at step {finished}")
-        return export(run_dir, args.export)
-    learner, validation = set_up(start, device, processes)
-    log, began = open_log(start, learner) if processes.first else None, time.perf_counter()
-    with contextlib.closing(log) if log else contextlib.nullcontext(), StopSignal() as stop:
-        train(start, learner, validation, log, stop)
-    if not processes.first:
-        return 128 + stop.number if stop else 0
-    return finish(start, learner, validation, stop, time.perf_counter() - began) or export(run_dir, args.export)
+    if not args.export or not processes.first:
+        return 0
+    import export_model
+
+    return 0 if export_model.export(run_dir / BEST, args.export, run_dir) else 1
 
 
 def main(argv: list[str] | None = None) -> int:

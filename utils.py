@@ -125,15 +125,12 @@ class Checked:
         return []
 
 
-def replace_fields(config, values: dict, may_change: typing.Collection[str] | None = None, owner: str = ""):
-    """A copy of a dataclass with those of the values that are its fields.
-
-    may_change: the fields that may differ from what they are, None for all. Raises ValueError for others, which `owner` has fixed.
-    """
+def replace_fields(config, values: dict, may_change: set[str], owner: str):
+    """A copy of a dataclass with those of the values that are its fields. Raises ValueError for a change that `owner` doesn't allow."""
     mine = {field.name: values[field.name] for field in dataclasses.fields(config) if field.name in values}
     for name, value in mine.items():
         fixed = getattr(config, name)
-        if may_change is not None and name not in may_change and value != fixed:
+        if name not in may_change and value != fixed:
             raise ValueError(f"{owner} has {name}={fixed}, not {value}; leave {name} as it is, or start in another --out_dir")
     return dataclasses.replace(config, **mine)
 
@@ -195,12 +192,6 @@ def parse_flags(kind: type, words: list[str], doc: str | None, default=None):
         text = " ".join(re.sub(r"[│╰╯]|─+|-{5,}", " ", boxed).split())
         text = re.split(r"Argument helptext:|For full helptext", re.sub(r"^Error parsing (?!--)\w+: ", "", text))[0].strip()
         raise ValueError(text.removesuffix(".") + ". See --help.") from None
-
-
-def asked_values(words: list[str], *configs) -> dict[str, object]:
-    """Name -> value, taken from the parsed configurations, of the flags in a normalised command line."""
-    given = {match[1] for word in words if (match := re.match(r"--([A-Za-z]\w*)", word))}
-    return {f.name: getattr(config, f.name) for config in configs for f in dataclasses.fields(config) if f.name in given}
 
 
 def read_command_line(kind: type, argv: list[str] | None, doc: str | None, aliases: dict[str, str] | None = None):

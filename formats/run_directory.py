@@ -24,8 +24,6 @@ BEST = "best_model.pt"
 HOME = Path("checkpoints")  # where runs live unless a flag or config.py says otherwise
 WRITTEN = (BEST, METRICS, "config.json", "loss.png", "evaluation.json", "tokenizer.json", RECORD)
 
-# ---------------------------------------------------------------- finding
-
 
 def step_path(run_dir: Path, step: int) -> Path:
     return run_dir / f"step_{step:08d}.pt"
@@ -95,9 +93,6 @@ def load_model(name: str, device: str = "cpu") -> tuple[GPT, TextTokenizer, Path
     return model.to(device).eval(), TextTokenizer(content["tokenizer"], str(path)), path, content
 
 
-# ---------------------------------------------------------------- resuming
-
-
 def newest_checkpoint(run_dir: Path) -> tuple[Path, dict] | None:
     """The newest complete checkpoint that is whole; damaged newer ones are named. None if the run has none at all.
 
@@ -150,9 +145,6 @@ def check_branch(path: Path, run_dir: Path) -> None:
             newer.rename(newer.with_suffix(".pt.damaged"))
         else:
             raise ValueError(f"{run_dir} goes on to {newer.name}; delete what is newer than {path.name}, or continue in another --out_dir")
-
-
-# ---------------------------------------------------------------- writing
 
 
 def delete_old_checkpoints(run_dir: Path, keep: int | str) -> None:

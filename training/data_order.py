@@ -10,8 +10,6 @@ from torch import Tensor
 
 from formats.data_directory import DTYPE, DataDirectory
 
-# ---------------------------------------------------------------- pure functions
-
 
 def samples_of_step(step: int, windows: int, rank: int = 0, processes: int = 1) -> np.ndarray:
     """The sample numbers (windows / processes,) of an optimizer step in one process: every so many, so that all together read in order."""
@@ -57,9 +55,6 @@ def whole_shares(weights: list[Fraction]) -> list[int]:
     if sum(shares) > 10**6:
         shares = [max(1, round(weight / sum(weights) * 10**6)) for weight in weights]
     return [share // math.gcd(*shares) for share in shares]
-
-
-# ---------------------------------------------------------------- windows
 
 
 class TrainingData:

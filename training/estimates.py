@@ -27,9 +27,7 @@ PEAKS |= {"4090": 165, "3090": 71}
 
 def peak_flops(device: str) -> float | None:
     """The GPU's floating-point operations per second in half precision, None where it isn't known."""
-    if not device.startswith("cuda"):
-        return None
-    name = torch.cuda.get_device_name(device)
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else ""
     return next((1e12 * peak for part, peak in PEAKS.items() if part in name), None)
 
 

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import get_args, get_type_hints
 
-from utils import asked_values, normalize_flags, notice, parse_flags, parse_weighted, replace_fields
+from utils import normalize_flags, notice, parse_flags, parse_weighted, replace_fields
 
 import config as settings
 from config import FINE_TUNING, PRESETS, GPTConfig, TrainConfig
@@ -31,7 +31,6 @@ PLACES = {"data_dir", "out_dir"}  # no part of what a run is
 LENGTHS = ("max_steps", "epochs", "max_tokens")
 
 HUB_NAMES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium")}
-HUB_FILES = ["config.json", "model.safetensors", "tokenizer.json"]
 
 # ---------------------------------------------------------------- what is asked for
 
@@ -86,7 +85,8 @@ def read_arguments(argv: list[str] | None, doc: str | None) -> tuple[Arguments, 
     words = normalize_flags(Arguments, sys.argv[1:] if argv is None else list(argv), {})
     model, train, asked = preset_of(words)
     args = parse_flags(Arguments, words, doc, default=Arguments(model=model, train=train))
-    flags = asked_values(words, args.model, args.train)
+    given = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
+    flags = {name: value for name, value in (vars(args.model) | vars(args.train)).items() if name in given}
     lengths = [name for name in LENGTHS if name in flags]
     problems = {
         "give either --data_dir or --dataset, not both": args.dataset and "data_dir" in flags,
@@ -121,12 +121,10 @@ def run_directory(args: Arguments) -> Path:
 # ---------------------------------------------------------------- the configuration
 
 
-def resolve(
-    args: Arguments, asked: dict[str, object], tokenizer: TextTokenizer, resumed: dict | None, source: dict | None
-) -> tuple[GPTConfig, TrainConfig]:
+def resolve(args: Arguments, asked: dict, vocab_size: int, resumed: dict | None, source: dict | None) -> tuple[GPTConfig, TrainConfig]:
     """The run's configuration: that of the resumed checkpoint, of the source's model, or as asked; changed where that may be.
 
-    Raises ValueError for a change that would make it another run or another model.
+    vocab_size: the data's. Raises ValueError for a change that would make it another run or another model.
     """
     if resumed is not None:
         owner, places = "the run to resume", {name: getattr(args.train, name) for name in PLACES}
@@ -139,10 +137,9 @@ def resolve(
             raise ValueError(f"block_size={asked['block_size']}, but {name} has learned {shape['block_size']} positions; pass at most that")
         model = replace_fields(GPTConfig(**shape | {"dropout": 0.0, "flash": True}), asked, OF_THIS_RUN, name)
         return model, fine_tuning(args.train, asked, model.n_embd)
-    ids, wanted = tokenizer.vocab_size, asked.get("vocab_size")
-    if wanted not in (None, ids) and args.dataset is None:
-        raise ValueError(f"vocab_size={wanted}, but the data's tokenizer has {ids} ids; leave --vocab_size out")
-    return dataclasses.replace(args.model, vocab_size=ids), args.train
+    if asked.get("vocab_size") not in (None, vocab_size) and args.dataset is None:
+        raise ValueError(f"vocab_size={asked['vocab_size']}, but the data's tokenizer has {vocab_size} ids; leave --vocab_size out")
+    return dataclasses.replace(args.model, vocab_size=vocab_size), args.train
 
 
 def fine_tuning(config: TrainConfig, asked: dict[str, object], n_embd: int) -> TrainConfig:
@@ -190,13 +187,12 @@ def download(name: str) -> Path:
     os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "10")
     from huggingface_hub import snapshot_download
 
+    files = ["config.json", "model.safetensors", "tokenizer.json"]
     try:
-        return Path(snapshot_download(HUB_NAMES[name], allow_patterns=HUB_FILES, etag_timeout=5))
+        return Path(snapshot_download(HUB_NAMES[name], allow_patterns=files, etag_timeout=5))
     except Exception as error:  # its own kinds, requests', httpx', the system's
-        raise ValueError(
-            f"{name} can't be had from the Hugging Face hub ({type(error).__name__}); "
-            "give --init_from a folder with its config.json, model.safetensors and tokenizer.json, or a checkpoint"
-        ) from None
+        instead = "give --init_from a folder with its config.json, model.safetensors and tokenizer.json, or a checkpoint"
+        raise ValueError(f"{name} can't be had from the Hugging Face hub ({type(error).__name__}); {instead}") from None
 
 
 # ---------------------------------------------------------------- all of it
@@ -269,11 +265,16 @@ def make_start(
         name = source["origin"]["name"]
         folder = Path(name).parent if name.endswith(".pt") else name
         first.check_tokenizer(TextTokenizer(source["tokenizer"], name), name, folder)
-    model_config, config = resolve(args, asked, first.tokenizer, resumed and resumed[1], source)
+    model_config, config = resolve(args, asked, first.tokenizer.vocab_size, resumed and resumed[1], source)
     data = TrainingData(directories, weights, model_config.block_size, config.seed)
     config = fix_length(config, "warmup_steps" in asked or resumed is not None, data)
     if resumed is not None:
-        check_resumed(resumed, args.init_from, data)
+        path, content = resumed
+        if content["data"] != data.fingerprint:
+            before = " ".join(content["train_config"].get("data_dir", ()))
+            raise ValueError(f"{path} was trained on other data; give its --data_dir {before or 'DIR'}, or another --out_dir")
+        if args.init_from is not None and (content.get("init_from") or {}).get("name") != args.init_from:
+            raise ValueError(f"{path} did not start from {args.init_from}; leave --init_from out, or choose another --out_dir")
     also = [DataDirectory(name, first.tokenizer) for name in args.also_eval]
     for directory in also:
         directory.check_tokenizer(first.tokenizer, first.name, first.name, "--also_eval ")
@@ -290,13 +291,3 @@ def open_directories(names: tuple[str, ...], tokenizer_name: str | None) -> tupl
     if tokenizer is not None and not tokenizer.same_ids(directories[0].tokenizer):
         raise ValueError(f"{paths[0]} was prepared with another tokenizer than {tokenizer_name}; leave --tokenizer out")
     return directories, list(weights)
-
-
-def check_resumed(resumed: tuple[Path, dict], init_from: str | None, data: TrainingData) -> None:
-    """Raise ValueError unless the resumed run was trained on this data and started from the model that is asked for."""
-    path, content = resumed
-    if content["data"] != data.fingerprint:
-        before = " ".join(content["train_config"].get("data_dir", ()))
-        raise ValueError(f"{path} was trained on other data; give its --data_dir {before or 'DIR'}, or another --out_dir")
-    if init_from is not None and (content.get("init_from") or {}).get("name") != init_from:
-        raise ValueError(f"{path} did not start from {init_from}; leave --init_from out, or choose another --out_dir")
