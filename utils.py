@@ -15,7 +15,6 @@ import shutil
 import signal
 import sys
 import traceback
-import types
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -274,7 +273,7 @@ class StopSignal:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
-    def _handle(self, number: int, frame: types.FrameType | None) -> None:
+    def _handle(self, number: int, _frame) -> None:
         if self.number is not None:
             os._exit(128 + number)
         self.number = number

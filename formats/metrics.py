@@ -21,7 +21,7 @@ class MetricsLog:
         tensorboard_from: write the same values for TensorBoard from this step on, into tensorboard/ beside the log.
         Raises ValueError, before anything is written, if that log's beginning is no longer what it was.
         """
-        self.path, beginning = path, b""
+        beginning = b""
         if resumed is not None:
             source, state = resumed
             beginning = source.read_bytes()[: state["bytes"]] if source.exists() else b""

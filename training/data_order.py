@@ -71,8 +71,8 @@ class TrainingData:
             raise ValueError("a data directory is named twice; name each once, with a weight if one should count for more")
         for other in directories[1:]:
             other.check_tokenizer(first.tokenizer, first.name, first.name)
-        given = [weight is not None for weight in weights]
-        if any(given) and not all(given):
+        self.mixed = weights[0] is not None
+        if any((weight is not None) != self.mixed for weight in weights):
             raise ValueError("give a weight to every data directory or to none, e.g. --data_dir a:0.7 b:0.3")
         self.sources = [directory.tokens("train") for directory in directories]
         for directory, source in zip(directories, self.sources):
@@ -80,7 +80,6 @@ class TrainingData:
                 few = f"{len(source)} tokens, fewer than block_size + 1 = {block_size + 1}"
                 raise ValueError(f"the train split of {directory.name} has {few}; give more text or a smaller --block_size")
         self.windows = [windows(len(source), block_size) for source in self.sources]
-        self.mixed = all(given)
         self.weights = whole_shares(weights) if self.mixed else self.windows
         self.block_size = block_size
         self.orders = [  # kept for two epochs: a batch may run across an epoch's end

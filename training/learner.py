@@ -95,7 +95,7 @@ class Learner:
     def check_finite(self, saving: bool = False, validation_loss: float = 0.0) -> bool:
         """Whether the weights are beyond doubt: the last step was not skipped, or only for float16's loss scale.
 
-        Raises FloatingPointError after several skipped steps in a row, before weights in doubt are saved, for an infinite validation loss.
+        Raises FloatingPointError after several skipped steps in a row, before weights in doubt are saved, for a loss that isn't finite.
         """
         in_a_row, new = map(int, self.skipped.tolist())
         self.skipped[1] = 0

@@ -99,15 +99,13 @@ class StepLog:
 
 def plot_losses(run_dir: Path, entropy: float | None = None) -> None:
     """loss.png: training and validation loss in nats per token, the learning rate, and a perfect model's loss where it is known."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     lines = read_metrics(run_dir / METRICS)
     train = [(line["step"], line["loss"], line["lr_factor"]) for line in lines if line.get("loss") is not None]
     val = [(line["step"], line["val_loss"]) for line in lines if "val_loss" in line]
-    figure, axes = plt.subplots(figsize=(9, 5), dpi=110)
+    figure = Figure(figsize=(9, 5), dpi=110)
+    axes = figure.subplots()
     if train:
         steps, losses, rates = zip(*train)
         axes.plot(steps, losses, color="tab:blue", alpha=0.35, linewidth=1, label="training (one batch)")
@@ -133,4 +131,3 @@ def plot_losses(run_dir: Path, entropy: float | None = None) -> None:
     figure.tight_layout()
     with warnings.catch_warnings(action="ignore"):  # a glyph that the font lacks in the title
         write_atomically(run_dir / "loss.png", lambda file: figure.savefig(file, format="png"))
-    plt.close(figure)
