@@ -16,7 +16,6 @@ from utils import Checked, Count, choose_device, notice, read_command_line, run_
 
 import numpy as np
 import tyro
-from tqdm import tqdm
 
 from evaluation.measures import score_tokens, why_no_bits_per_byte
 from formats.data_directory import DTYPE, DataDirectory
@@ -53,14 +52,6 @@ class Arguments(Checked):
         return problems
 
 
-def choose_split(data: DataDirectory, asked: str | None) -> str:
-    """The split whose documents are read; told where it isn't test."""
-    if asked is None and "test" not in data.splits and "val" in data.splits:
-        notice(f"{data.name} has no test split; its val split is read")
-        return "val"
-    return asked or "test"
-
-
 def read_documents(data: DataDirectory, split: str, limit: int | None) -> list[str]:
     """The documents of a split as text. Raises ValueError where its tokenizer can't give them back."""
     tokens = np.asarray(data.tokens(split))
@@ -76,14 +67,11 @@ def read_documents(data: DataDirectory, split: str, limit: int | None) -> list[s
 def document_bits(run: str, texts: list[str], device: str, batch_size: int) -> np.ndarray:
     """Bits that a run needs for each document, its end included, (documents,) float64. Raises ValueError for a lossy tokenizer."""
     model, tokenizer, path, _ = load_model(run, device)
-    encoded = [[*tokenizer.encode(text), tokenizer.eot_id] for text in texts]
-    tokens = np.array([i for ids in encoded for i in ids], DTYPE)
+    tokens = np.array([i for text in texts for i in (*tokenizer.encode(text), tokenizer.eot_id)], DTYPE)
     reason = why_no_bits_per_byte(tokenizer, tokens)
     if reason:
         raise ValueError(f"{path} can't be compared: {reason}; train it with a byte-level tokenizer")
-    with tqdm(total=len(tokens), desc=run, unit="token", unit_scale=True, disable=None, leave=False) as bar:
-        score = score_tokens(model, tokens, tokenizer.eot_id, batch_size, progress=bar.update)
-    return score.per_document(tokens, tokenizer.eot_id) / math.log(2)
+    return score_tokens(model, tokens, tokenizer.eot_id, batch_size, bar=run).per_document(tokens, tokenizer.eot_id) / math.log(2)
 
 
 def paired_difference(bits: np.ndarray, other: np.ndarray, n_bytes: np.ndarray) -> tuple[float, float]:
@@ -113,7 +101,9 @@ def main(argv: list[str] | None = None) -> int:
     device, results = choose_device(args.device), {}
     for name in args.data_dir:
         data = DataDirectory(name)
-        split = choose_split(data, args.split)
+        split = args.split or ("val" if "val" in data.splits and "test" not in data.splits else "test")
+        if args.split is None and split == "val":
+            notice(f"{name} has no test split; its val split is read")
         texts = read_documents(data, split, args.max_documents)
         n_bytes = np.array([len(text.encode()) for text in texts], float)
         bits = {run: document_bits(run, texts, device, args.batch_size) for run in args.runs}
@@ -128,11 +118,8 @@ def main(argv: list[str] | None = None) -> int:
             if run != ranked[0]:
                 line += f"  +{difference:.4f} ± {error:.4f}  ({verdict(difference, error)})"
             print(line)
-            results[name][run] = {
-                "bits_per_byte": per_byte,
-                "above_best": difference,
-                "standard_error": None if math.isnan(error) else error,
-            }
+            error = None if math.isnan(error) else error
+            results[name][run] = {"bits_per_byte": per_byte, "above_best": difference, "standard_error": error}
     if args.output:
         write_json(Path(args.output), results)
         notice(f"written to {args.output}")

@@ -59,11 +59,9 @@ class GPTConfig(Checked):
             if self.n_head >= 1 and (self.n_embd // self.n_head) % 2:
                 problems.append(f"rotary positions need an even n_embd / n_head, not {self.n_embd // self.n_head}")
         else:
-            problems += [
-                f"{name}={getattr(self, name)} is an option of arch=qwen3; leave it out or pass --arch qwen3"
-                for name in ("n_kv_head", "rope_theta")
-                if getattr(self, name) is not None
-            ]
+            for name in ("n_kv_head", "rope_theta"):
+                if getattr(self, name) is not None:
+                    problems.append(f"{name}={getattr(self, name)} is an option of arch=qwen3; leave it out or pass --arch qwen3")
         return problems
 
     @property

@@ -16,7 +16,6 @@ from typing import Literal
 from utils import Checked, Count, choose_device, notice, read_command_line, run_script, write_json
 
 import numpy as np
-from tqdm import tqdm
 
 from evaluation.measures import Score, score_tokens, summarize, text_bytes, why_no_bits_per_byte
 from formats.data_directory import DTYPE, DataDirectory
@@ -57,16 +56,12 @@ class Arguments(Checked):
 
 def text_tokens(name: str, separator: str, tokenizer: TextTokenizer) -> tuple[np.ndarray, int, int]:
     """A text as a split: its ids with an EOT behind each document (n,) uint16, UTF-8 bytes of the documents, their number."""
-    ids: list[int] = []
-    n_bytes = documents = 0
-    for text in map(tokenizer.normalize, itertools.chain.from_iterable(find_files([name], Format(separator)))):
-        if text.strip():
-            ids += [*tokenizer.encode(text), tokenizer.eot_id]
-            n_bytes += len(text.encode())
-            documents += 1
-    if not documents:
+    texts = map(tokenizer.normalize, itertools.chain.from_iterable(find_files([name], Format(separator))))
+    texts = [text for text in texts if text.strip()]
+    if not texts:
         raise ValueError(f"{name} holds no text; give a file with some")
-    return np.array(ids, dtype=DTYPE), n_bytes, documents
+    ids = [i for text in texts for i in (*tokenizer.encode(text), tokenizer.eot_id)]
+    return np.array(ids, dtype=DTYPE), sum(len(text.encode()) for text in texts), len(texts)
 
 
 def compare_with_entropy(score: Score, tokens: np.ndarray, eot_id: int, entropy: list[float], n_bytes: int) -> dict:
@@ -85,19 +80,12 @@ def compare_with_entropy(score: Score, tokens: np.ndarray, eot_id: int, entropy:
 
 
 def evaluate_tokens(
-    args: Arguments,
-    model: GPT,
-    tokenizer: TextTokenizer,
-    tokens: np.ndarray,
-    n_bytes: int,
-    documents: int,
-    entropy: list[float] | None = None,
+    args: Arguments, model: GPT, tokenizer: TextTokenizer, tokens: np.ndarray, n_bytes: int, documents: int, entropy: list | None = None
 ) -> dict:
-    """All measures of one split."""
+    """All measures of one split. entropy: as compare_with_entropy takes it."""
     if args.stride is not None and args.stride > model.config.block_size:
         raise ValueError(f"stride={args.stride} is above the model's block_size={model.config.block_size}; then tokens would be left out")
-    with tqdm(total=len(tokens), desc="evaluating", unit="token", unit_scale=True, disable=None, leave=False) as bar:
-        score = score_tokens(model, tokens, tokenizer.eot_id, args.batch_size, args.stride, progress=bar.update)
+    score = score_tokens(model, tokens, tokenizer.eot_id, args.batch_size, args.stride, bar="evaluating")
     reason = why_no_bits_per_byte(tokenizer, tokens)
     result = summarize(score, None if reason else n_bytes) | {"tokens": len(tokens), "bytes": n_bytes, "documents": documents}
     if reason:
@@ -114,15 +102,14 @@ def evaluate_directory(args: Arguments, model: GPT, tokenizer: TextTokenizer, na
     """
     data = DataDirectory(name)
     data.check_tokenizer(tokenizer, "the model", "RUN (a run directory holds its tokenizer.json), or give the text to --text")
-    asked = tuple(dict.fromkeys(args.split))
-    there = [split for split in asked if split in data.splits]
-    if not there:
+    asked = dict.fromkeys(args.split)
+    if not asked.keys() & set(data.splits):
         raise FileNotFoundError(f"{name} has no {' or '.join(asked)} split, only {', '.join(data.splits)}; name one with --split")
-    for split in asked:
-        if split not in there:
-            notice(f"{name} has no {split} split; it is left out")
     results = {}
-    for split in there:
+    for split in asked:
+        if split not in data.splits:
+            notice(f"{name} has no {split} split; it is left out")
+            continue
         tokens = data.tokens(split)
         if data.meta is not None:
             n_bytes, documents = (data.meta["splits"][split][key] for key in ("bytes", "documents"))
@@ -132,35 +119,26 @@ def evaluate_directory(args: Arguments, model: GPT, tokenizer: TextTokenizer, na
     return results
 
 
-def verdicts(results: dict[str, dict[str, dict]]) -> bool:
-    """Say where bits per byte are missing and why, and where a model is better than a perfect one. True if none is."""
-    honest = True
-    for name, splits in results.items():
-        for split, r in splits.items():
-            if "bits_per_byte_reason" in r:
-                notice(f"{name} {split}: no bits per byte, {r['bits_per_byte_reason']}")
-            error = r.get("above_entropy_standard_error")
-            if error is not None and r["above_entropy_bits_per_story"] < -LEAK_STANDARD_ERRORS * error:
-                notice(
-                    f"error: {name} {split}: {-r['above_entropy_bits_per_story']:.3f} bits a story below a perfect model "
-                    f"(standard error {error:.3f}): the model has seen these stories, or something is wrong"
-                )
-                honest = False
-    return honest
-
-
-def table(results: dict[str, dict[str, dict]]) -> str:
-    """The results for people."""
-    width = max(len(name) for name in results)
+def report(results: dict[str, dict[str, dict]]) -> bool:
+    """Print the results; say where bits per byte are missing and why, and where a model is better than a perfect one. True if none is."""
+    honest, notes, width = True, [], max(map(len, results))
     header = f"{'loss':>8} {'perplexity':>10} {'accuracy':>8} {'bits/byte':>9} {'perfect':>8} {'tokens':>12} {'documents':>9}"
-    lines = [f"{'data':{width}}  split  {header}"]
-    for name, splits in results.items():
-        for split, r in splits.items():
-            bits = "-" if r["bits_per_byte"] is None else f"{r['bits_per_byte']:.4f}"
-            perfect = f"{r['entropy_bits_per_byte']:.4f}" if "entropy_bits_per_byte" in r else "-"
-            line = f"{name:{width}}  {split:5}  {r['loss']:8.4f} {r['perplexity']:10.3f} {r['accuracy']:8.4f} {bits:>9} {perfect:>8}"
-            lines.append(f"{line} {r['tokens']:12,} {r['documents']:9,}")
-    return "\n".join(lines)
+    print(f"{'data':{width}}  split  {header}")
+    for name, split, r in ((name, split, r) for name, splits in results.items() for split, r in splits.items()):
+        bits = "-" if r["bits_per_byte"] is None else f"{r['bits_per_byte']:.4f}"
+        perfect = f"{r['entropy_bits_per_byte']:.4f}" if "entropy_bits_per_byte" in r else "-"
+        line = f"{name:{width}}  {split:5}  {r['loss']:8.4f} {r['perplexity']:10.3f} {r['accuracy']:8.4f} {bits:>9} {perfect:>8}"
+        print(f"{line} {r['tokens']:12,} {r['documents']:9,}")
+        if "bits_per_byte_reason" in r:
+            notes.append(f"{name} {split}: no bits per byte, {r['bits_per_byte_reason']}")
+        above, error = r.get("above_entropy_bits_per_story"), r.get("above_entropy_standard_error")
+        if error is not None and above < -LEAK_STANDARD_ERRORS * error:
+            wrong = f"{-above:.3f} bits a story below a perfect model (standard error {error:.3f})"
+            notes.append(f"error: {name} {split}: {wrong}: the model has seen these stories, or something is wrong")
+            honest = False
+    for note in notes:
+        notice(note)
+    return honest
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -171,11 +149,11 @@ def main(argv: list[str] | None = None) -> int:
     results = {name: evaluate_directory(args, model, tokenizer, name) for name in directories}
     for name in args.text:
         results[name] = {"text": evaluate_tokens(args, model, tokenizer, *text_tokens(name, args.separator, tokenizer))}
-    print(table(results))
+    honest = report(results)
     output = Path(args.output) if args.output else path.parent / "evaluation.json"
     write_json(output, results)
     notice(f"written to {output}")
-    return 0 if verdicts(results) else 1
+    return 0 if honest else 1
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from training.estimates import fitting_batch
 from training.learner import Learner
 from training.processes import Processes
 from training.report import StepLog, announce, duration, open_log, plot_losses
-from training.start import Arguments, Start, make_start, open_directories, read_arguments, read_source, run_directory, weights_for
+from training.start import Arguments, Start, make_start, open_directories, read_arguments, read_source, run_directory
 from training.step import training_step
 from training.validation import Validation
 
@@ -66,7 +66,7 @@ def train(start: Start, learner: Learner, validation: Validation, log: MetricsLo
             saving = last or progress.step % config.checkpoint_interval == 0
             logging = progress.step % config.log_interval == 0
             sound = learner.check_finite() if logging or evaluating or saving or learner.machine.kind == "cpu" else True
-            step_log.timed(time.perf_counter() - began)
+            step_log.seconds.append(time.perf_counter() - began)
             if logging:
                 step_log.write()
             bar.update()
@@ -119,7 +119,10 @@ def set_up(start: Start, device: str, processes: Processes) -> tuple[Learner, Va
     torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it
     model = GPT(start.model_config).to(device)
     if start.source is not None:
-        load_weights(model, weights_for(start.source, start.model_config), start.source["origin"]["name"])
+        weights = dict(start.source["model"])
+        if "wpe.weight" in weights:  # learned positions beyond block_size are left out
+            weights["wpe.weight"] = weights["wpe.weight"][: model.config.block_size]
+        load_weights(model, weights, start.source["origin"]["name"])
     announce(start, model, validation, machine, processes.count, memory, micro_batch)
     learner = Learner(model, config, machine, processes, micro_batch)
     processes.wait()  # until all have read what rank 0 is going to change
@@ -132,11 +135,9 @@ def set_up(start: Start, device: str, processes: Processes) -> tuple[Learner, Va
 
 
 def prepare_text(args: Arguments, asked: dict[str, object], run_dir: Path, source: dict | None) -> None:
-    """Prepare --dataset into the run's own data/, unless it holds the same already, or a run that was trained on it is to be resumed."""
+    """Prepare --dataset into the run's own data/, unless it holds the same already."""
     import prepare_data
 
-    if find_resumed(args.resume, run_dir) is not None and (run_dir / "data" / META).is_file():
-        return
     given = {"input": (args.dataset,)} if Path(args.dataset).exists() else {"dataset": (args.dataset,)}
     choices = {"vocab_size": asked["vocab_size"]} if "vocab_size" in asked else {}
     tokenizer = args.tokenizer
@@ -154,26 +155,16 @@ def prepare_text(args: Arguments, asked: dict[str, object], run_dir: Path, sourc
     prepare_data.prepare(preparing)
 
 
-def finish(start: Start, learner: Learner, validation: Validation, stop: StopSignal, seconds: float) -> int:
-    """Draw the curves and say how it went. Returns the exit code."""
+def finish(start: Start, learner: Learner, validation: Validation, stop: StopSignal, seconds: float) -> None:
+    """Draw the curves and say how it went."""
     run_dir, step = start.run_dir, learner.progress.step
     plot_losses(run_dir, validation.entropy(len(validation.prefix.tokens) / math.log(2)))
     if stop:
         notice(f"stopped by signal {stop.number} at step {step}, everything saved; continue with --resume auto")
-        return 128 + stop.number
+        return
     early = ", stopped early: no better validation loss any more" if step < start.config.max_steps else ""
     print(f"{run_dir}: {step} steps in {duration(seconds)}, {validation.describe(validation.newest)}{early}")
     notice(f'next: python generate.py --checkpoint {run_dir} --prompt "Once upon a time"')
-    return 0
-
-
-def export(run_dir: Path, formats: tuple[str, ...]) -> int:
-    """Export a finished run's best model. Returns the exit code."""
-    if not formats:
-        return 0
-    import export_model
-
-    return 0 if export_model.export(run_dir / BEST, formats, run_dir) else 1
 
 
 def run(args: Arguments, asked: dict[str, object], device: str, processes: Processes) -> int:
@@ -182,7 +173,7 @@ def run(args: Arguments, asked: dict[str, object], device: str, processes: Proce
     resumed = find_resumed(args.resume, run_dir)
     source = read_source(args.init_from) if args.init_from is not None and resumed is None else None
     if args.dataset is not None:
-        if processes.first:
+        if processes.first and not (resumed is not None and (run_dir / "data" / META).is_file()):
             prepare_text(args, asked, run_dir, source)
         processes.wait()
         directories, weights = [DataDirectory(run_dir / "data")], [None]
@@ -190,18 +181,22 @@ def run(args: Arguments, asked: dict[str, object], device: str, processes: Proce
         directories, weights = open_directories(args.train.data_dir, args.tokenizer)
     start = make_start(args, asked, resumed, source, directories, weights)
     finished = start.finished_step(args.overwrite, args.resume)
-    if finished is not None:
-        if not processes.first:
-            return 0
+    if finished is None:
+        learner, validation = set_up(start, device, processes)
+        log, began = open_log(start, learner) if processes.first else None, time.perf_counter()
+        with contextlib.closing(log) if log else contextlib.nullcontext(), StopSignal() as stop:
+            train(start, learner, validation, log, stop)
+        if processes.first:
+            finish(start, learner, validation, stop, time.perf_counter() - began)
+        if stop:
+            return 128 + stop.number
+    elif processes.first:
         print(f"{run_dir} holds this very run, finished at step {finished}")
-        return export(run_dir, args.export)
-    learner, validation = set_up(start, device, processes)
-    log, began = open_log(start, learner) if processes.first else None, time.perf_counter()
-    with contextlib.closing(log) if log else contextlib.nullcontext(), StopSignal() as stop:
-        train(start, learner, validation, log, stop)
-    if not processes.first:
-        return 128 + stop.number if stop else 0
-    return finish(start, learner, validation, stop, time.perf_counter() - began) or export(run_dir, args.export)
+    if not args.export or not processes.first:
+        return 0
+    import export_model
+
+    return 0 if export_model.export(run_dir / BEST, args.export, run_dir) else 1
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -15,7 +15,6 @@ import shutil
 import signal
 import sys
 import traceback
-import types
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -33,15 +32,6 @@ def describe(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-def _line_of_config(error: BaseException) -> int | None:
-    """The line of config.py whose execution raised the error, None for other errors."""
-    config = str(Path(__file__).with_name("config.py"))
-    if isinstance(error, SyntaxError) and error.filename == config:
-        return error.lineno
-    frames = traceback.extract_tb(error.__traceback__)
-    return next((frame.lineno for frame in frames if frame.filename == config and frame.name == "<module>"), None)
-
-
 def report(error: BaseException) -> int:
     """Say on stderr what ended the program: one sentence for the user's mistake, a traceback for a bug of ours. Returns the exit code."""
     if isinstance(error, KeyboardInterrupt):
@@ -53,12 +43,12 @@ def report(error: BaseException) -> int:
     if isinstance(error, BrokenPipeError):  # who reads our output, `head` say, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    line = _line_of_config(error)
-    if line is not None:
-        print(f"error: config.py: line {line}: {describe(error)}", file=sys.stderr)
-        return 2
-    if isinstance(error, ValueError | OSError):
-        print(f"error: {describe(error)}", file=sys.stderr)
+    config = str(Path(__file__).with_name("config.py"))  # which line of it raised the error, if one did?
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if (frame.filename, frame.name) == (config, "<module>")]
+    if isinstance(error, SyntaxError) and error.filename == config:
+        lines = [error.lineno]
+    if lines or isinstance(error, ValueError | OSError):
+        print("error: " + (f"config.py: line {lines[0]}: " if lines else "") + describe(error), file=sys.stderr)
         return 2
     traceback.print_exception(error)
     return 1
@@ -134,15 +124,12 @@ class Checked:
         return []
 
 
-def replace_fields(config, values: dict, may_change: typing.Collection[str] | None = None, owner: str = ""):
-    """A copy of a dataclass with those of the values that are its fields.
-
-    may_change: the fields that may differ from what they are, None for all. Raises ValueError for others, which `owner` has fixed.
-    """
+def replace_fields(config, values: dict, may_change: set[str], owner: str):
+    """A copy of a dataclass with those of the values that are its fields. Raises ValueError for a change that `owner` doesn't allow."""
     mine = {field.name: values[field.name] for field in dataclasses.fields(config) if field.name in values}
     for name, value in mine.items():
         fixed = getattr(config, name)
-        if may_change is not None and name not in may_change and value != fixed:
+        if name not in may_change and value != fixed:
             raise ValueError(f"{owner} has {name}={fixed}, not {value}; leave {name} as it is, or start in another --out_dir")
     return dataclasses.replace(config, **mine)
 
@@ -152,10 +139,9 @@ def replace_fields(config, values: dict, may_change: typing.Collection[str] | No
 
 def flag_types(kind: type) -> dict[str, object]:
     """Name -> type of every flag of a dataclass, nested dataclasses included."""
-    hints, flags = typing.get_type_hints(kind), {}
-    for field in dataclasses.fields(kind):
-        hint = hints[field.name]
-        flags |= flag_types(hint) if dataclasses.is_dataclass(hint) else {field.name: hint}
+    flags = {}
+    for name, hint in typing.get_type_hints(kind).items():
+        flags |= flag_types(hint) if dataclasses.is_dataclass(hint) else {name: hint}
     return flags
 
 
@@ -207,12 +193,6 @@ def parse_flags(kind: type, words: list[str], doc: str | None, default=None):
         raise ValueError(text.removesuffix(".") + ". See --help.") from None
 
 
-def asked_values(words: list[str], *configs) -> dict[str, object]:
-    """Name -> value, taken from the parsed configurations, of the flags in a normalised command line."""
-    given = {match[1] for word in words if (match := re.match(r"--([A-Za-z]\w*)", word))}
-    return {f.name: getattr(config, f.name) for config in configs for f in dataclasses.fields(config) if f.name in given}
-
-
 def read_command_line(kind: type, argv: list[str] | None, doc: str | None, aliases: dict[str, str] | None = None):
     """The command line (sys.argv if None) as an instance of the dataclass `kind`, whose fields are the flags."""
     return parse_flags(kind, normalize_flags(kind, sys.argv[1:] if argv is None else list(argv), aliases or {}), doc)
@@ -220,11 +200,9 @@ def read_command_line(kind: type, argv: list[str] | None, doc: str | None, alias
 
 def parse_weighted(text: str) -> tuple[str, Fraction | None]:
     """`PATH` or `PATH:0.7` as (path, weight). Read from the right, so that C:\\x stays a path, as does what exists. Raises ValueError."""
-    path, colon, weight = text.rpartition(":")
-    if not colon or not path or not weight or not (weight[0].isdigit() or weight[0] in ".-+") or Path(text).exists():
-        return text, None
+    path, _, weight = text.rpartition(":")
     try:
-        value = Fraction(weight)
+        value = Fraction(weight if path and not Path(text).exists() else "")
     except (ValueError, ZeroDivisionError):
         return text, None
     if value <= 0:
@@ -251,7 +229,7 @@ def fsync_directory(path: Path) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[typing.BinaryIO], object]) -> None:
-    """Write a file under a temporary name beside it, make it durable, and rename it: a reader sees the old file or the whole new one.
+    """Write a file under a temporary name, make it durable, rename it: a reader sees the old file or the whole new one.
 
     Raises OSError; then the temporary file is gone and the old file untouched.
     """
@@ -295,7 +273,7 @@ class StopSignal:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
-    def _handle(self, number: int, frame: types.FrameType | None) -> None:
+    def _handle(self, number: int, _frame) -> None:
         if self.number is not None:
             os._exit(128 + number)
         self.number = number
@@ -408,12 +386,10 @@ def explained_failures(device: str, advice: str, processes: int = 1) -> Iterator
     try:
         yield
     except RuntimeError as error:
-        text = " ".join(str(error).split())
+        text = describe(error)
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in text:
             raise ValueError(f"the memory of {device} is full; {advice}") from None
         if processes > 1 and (isinstance(error, torch.distributed.DistError) or "gloo" in text or "NCCL" in text):
-            rank = os.environ.get("RANK")
-            raise LostProcess(
-                f"rank {rank}: another process of this run has ended or can't be reached; start it again with --resume auto ({text[:100]})"
-            ) from None
+            lost = f"rank {os.environ.get('RANK')}: another process of this run has ended or can't be reached"
+            raise LostProcess(f"{lost}; start it again with --resume auto ({text[:100]})") from None
         raise

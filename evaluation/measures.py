@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from formats.tokenizer import TextTokenizer
 from models import GPT
@@ -49,19 +50,19 @@ def score_tokens(
     eot_id: int,
     batch_size: int = 32,
     stride: int | None = None,
-    autocast: torch.dtype | None = None,
+    dtype: torch.dtype = torch.float32,
     stop: Callable[[], bool] = lambda: False,
-    progress: Callable[[int], object] = lambda n: None,
+    bar: str | None = None,
 ) -> Score | None:
     """Predict each of `tokens` (n,) once, in windows of block_size, non-overlapping or `stride` apart (more context, more time).
 
-    autocast: precision of the forward pass, None for that of the weights. stop: asked before each batch; if it says so, None is returned.
-    progress: called with the number of tokens of each batch.
+    dtype: precision of the forward pass. stop: asked before each batch; if it says so, None is returned. bar: name of a progress bar.
     """
     block_size, device = model.config.block_size, model.device
     stream = np.concatenate(([eot_id], tokens)).astype(np.int64)
     nats, hits = np.empty(len(tokens)), np.empty(len(tokens), bool)
     spans = list(strided_windows(len(tokens), block_size, stride or block_size))
+    progress = tqdm(total=len(tokens), desc=bar, unit="token", unit_scale=True, disable=None if bar else True, leave=False)
     while spans:
         if stop():
             return None
@@ -71,7 +72,7 @@ def score_tokens(
         x = torch.from_numpy(np.stack([stream[start:end] for start, end, _ in batch])).to(device)
         y = torch.from_numpy(np.stack([stream[start + 1 : end + 1] for start, end, _ in batch])).to(device)
         batch_nats, batch_hits = [], []
-        with torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             features = model.features(x).flatten(0, 1)  # (B T, C)
             for rows, targets in zip(features.split(ROWS), y.flatten().split(ROWS), strict=True):
                 logits = F.linear(rows, model.wte.weight).float()
@@ -80,7 +81,8 @@ def score_tokens(
         batch_nats, batch_hits = (torch.cat(parts).view_as(y).cpu().numpy() for parts in (batch_nats, batch_hits))
         for row, (start, end, first) in enumerate(batch):
             nats[first:end], hits[first:end] = batch_nats[row, first - start :], batch_hits[row, first - start :]
-        progress(sum(end - first for _, end, first in batch))
+        progress.update(sum(end - first for _, end, first in batch))
+    progress.close()
     return Score(nats, hits)
 
 

@@ -3,12 +3,10 @@
 import zipfile
 from pathlib import Path
 
-from utils import write_atomically
+from utils import describe, write_atomically
 
 import torch
 
-from config import GPTConfig
-from formats.tokenizer import TextTokenizer
 from models import GPT
 
 FORMAT_VERSION = 1
@@ -20,7 +18,7 @@ def save_checkpoint(path: Path, content: dict) -> None:
     try:
         write_atomically(path, lambda file: torch.save({"format_version": FORMAT_VERSION} | content, file))
     except RuntimeError as error:  # torch's own writer hides the system's reason
-        raise OSError(f"{path} could not be written; is the disk full? ({' '.join(str(error).split())[:100]})") from None
+        raise OSError(f"{path} could not be written; is the disk full? ({describe(error)[:100]})") from None
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -36,9 +34,7 @@ def load_checkpoint(path: Path) -> dict:
     except OSError:
         raise
     except Exception as error:  # zipfile, zlib, unpickler and torch raise a dozen kinds
-        raise ValueError(
-            f"{path} is damaged or no checkpoint ({' '.join(str(error).split())[:120]}); take another one, or train again"
-        ) from None
+        raise ValueError(f"{path} is damaged or no checkpoint ({describe(error)[:120]}); take another one, or train again") from None
     if not isinstance(content, dict) or not content.keys() >= REQUIRED:
         raise ValueError(f"{path} is no checkpoint of this project; give a .pt file that train.py wrote")
     if content["format_version"] != FORMAT_VERSION:
@@ -46,19 +42,9 @@ def load_checkpoint(path: Path) -> dict:
     return content
 
 
-def build_model(content: dict, name: str, device: str = "cpu") -> tuple[GPT, TextTokenizer]:
-    """The network of a checkpoint in evaluation mode, and its tokenizer. Raises ValueError where weights and configuration disagree."""
-    try:
-        model = GPT(GPTConfig(**content["model_config"]))
-    except TypeError as error:
-        raise ValueError(f"{name}: its configuration is not this program's ({error}); train again") from None
-    load_weights(model, content["model"], name)
-    return model.to(device).eval(), TextTokenizer(content["tokenizer"], name)
-
-
 def load_weights(model: GPT, weights: dict, name: str) -> None:
     """Put weights into a model; those saved from a compiled module too. Raises ValueError if they don't fit."""
     try:
         model.load_state_dict({key.removeprefix("_orig_mod."): value for key, value in weights.items()})
     except RuntimeError as error:
-        raise ValueError(f"{name}: weights and configuration do not fit together ({' '.join(str(error).split())[:200]})") from None
+        raise ValueError(f"{name}: weights and configuration do not fit together ({describe(error)[:200]})") from None

@@ -12,25 +12,16 @@ from utils import write_atomically
 METRICS = "metrics.jsonl"
 
 
-def finite(value: object) -> bool:
-    """False for the numbers that JSON has no form for."""
-    return not isinstance(value, float) or math.isfinite(value)
-
-
 class MetricsLog:
-    """metrics.jsonl: one JSON object a line, never twice after a resume.
-
-    Each complete checkpoint remembers the file's length and CRC-32 at its moment; a resume goes back to it.
-    """
+    """The file, no line twice after a resume: each complete checkpoint remembers its length and CRC-32, and a resume goes back there."""
 
     def __init__(self, path: Path, resumed: tuple[Path, dict[str, int]] | None = None, tensorboard_from: int | None = None):
         """Open the log for appending. resumed: the log to go on with (this one or another run's) and its remembered state.
 
         tensorboard_from: write the same values for TensorBoard from this step on, into tensorboard/ beside the log.
-
         Raises ValueError, before anything is written, if that log's beginning is no longer what it was.
         """
-        self.path, beginning = path, b""
+        beginning = b""
         if resumed is not None:
             source, state = resumed
             beginning = source.read_bytes()[: state["bytes"]] if source.exists() else b""
@@ -46,14 +37,13 @@ class MetricsLog:
             self.board = SummaryWriter(str(path.parent / "tensorboard"), purge_step=tensorboard_from)
 
     def write(self, **values) -> None:
-        line = (json.dumps({key: value if finite(value) else None for key, value in values.items()}) + "\n").encode()
+        known = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
+        line = (json.dumps(known) + "\n").encode()  # JSON has no NaN and no infinity
         self.file.write(line)
         self.file.flush()
         self.crc = zlib.crc32(line, self.crc)
-        if self.board is not None:
-            self._write_board(values)
-
-    def _write_board(self, values: dict) -> None:
+        if self.board is None:
+            return
         step = values["step"]
         numbers = values | {f"{name}/{key}": value for name, other in values.get("also", {}).items() for key, value in other.items()}
         for name, value in numbers.items():

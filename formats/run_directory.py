@@ -3,19 +3,18 @@
 It holds best_model.pt (weights only), step_00001000.pt (complete, resumable), metrics.jsonl, config.json, tokenizer.json, loss.png.
 """
 
-import dataclasses
 import re
 import shutil
-from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 
-from utils import fsync_directory, notice, write_json
+from utils import fsync_directory, notice
 
 import torch
 
 from config import GPTConfig, TrainConfig
 from formats import huggingface
-from formats.checkpoint import build_model, load_checkpoint
+from formats.checkpoint import load_checkpoint, load_weights
 from formats.export_record import RECORD, read_record
 from formats.metrics import METRICS
 from formats.tokenizer import TextTokenizer
@@ -24,8 +23,6 @@ from models import GPT
 BEST = "best_model.pt"
 HOME = Path("checkpoints")  # where runs live unless a flag or config.py says otherwise
 WRITTEN = (BEST, METRICS, "config.json", "loss.png", "evaluation.json", "tokenizer.json", RECORD)
-
-# ---------------------------------------------------------------- finding
 
 
 def step_path(run_dir: Path, step: int) -> Path:
@@ -55,15 +52,9 @@ def _has_finished(run_dir: Path) -> bool:
         return False
 
 
-def newest_model(directory: Path) -> Path | None:
-    """The best model of the newest finished run at or below a directory, of the newest unfinished one where none has finished."""
-    models = sorted(directory.rglob(BEST), key=lambda path: path.stat().st_mtime, reverse=True)
-    return next((path for path in models if _has_finished(path.parent)), models[0] if models else None)
-
-
 def find_checkpoint(name: str) -> Path:
-    """What `--checkpoint NAME` means: a .pt file; a directory (the newest finished run at or below it, or an HF folder); or the name of
-    one below ./checkpoints, where `best_model.pt` alone means the newest finished run's.
+    """What `--checkpoint NAME` means: a .pt file; a directory (the newest finished run at or below it, else the newest one, or an HF
+    folder); or the name of one below ./checkpoints, where `best_model.pt` alone means the newest finished run's.
 
     Raises FileNotFoundError that lists what there is.
     """
@@ -73,13 +64,13 @@ def find_checkpoint(name: str) -> Path:
         if path.is_dir():
             if huggingface.is_folder(path) and not (path / BEST).is_file():
                 return path
-            found = newest_model(path) or next(iter(step_checkpoints(path)), None)
+            models = sorted(path.rglob(BEST), key=lambda model: model.stat().st_mtime, reverse=True)
+            finished = (model for model in models if _has_finished(model.parent))
+            found = next(chain(finished, models, step_checkpoints(path)), None)
             if found is not None:
                 return found
-    there = sorted(map(str, HOME.rglob(BEST)))
-    raise FileNotFoundError(
-        f"no checkpoint at {name}; " + (f"there is {', '.join(there)}" if there else "train a model first: python train.py")
-    )
+    there = ", ".join(sorted(map(str, HOME.rglob(BEST))))
+    raise FileNotFoundError(f"no checkpoint at {name}; {f'there is {there}' if there else 'train a model first: python train.py'}")
 
 
 def load_content(name: str) -> tuple[Path, dict]:
@@ -89,13 +80,17 @@ def load_content(name: str) -> tuple[Path, dict]:
 
 
 def load_model(name: str, device: str = "cpu") -> tuple[GPT, TextTokenizer, Path, dict]:
-    """What `--checkpoint NAME` means: network in evaluation mode, tokenizer, the file or HF folder, its content."""
+    """What `--checkpoint NAME` means: network in evaluation mode, tokenizer, the file or HF folder, its content.
+
+    Raises FileNotFoundError, and ValueError where weights and configuration disagree.
+    """
     path, content = load_content(name)
-    model, tokenizer = build_model(content, str(path), device)
-    return model, tokenizer, path, content
-
-
-# ---------------------------------------------------------------- resuming
+    try:
+        model = GPT(GPTConfig(**content["model_config"]))
+    except TypeError as error:
+        raise ValueError(f"{path}: its configuration is not this program's ({error}); train again") from None
+    load_weights(model, content["model"], str(path))
+    return model.to(device).eval(), TextTokenizer(content["tokenizer"], str(path)), path, content
 
 
 def newest_checkpoint(run_dir: Path) -> tuple[Path, dict] | None:
@@ -112,14 +107,6 @@ def newest_checkpoint(run_dir: Path) -> tuple[Path, dict] | None:
     if paths:
         raise ValueError(f"no checkpoint in {run_dir} can be read; start again with --overwrite")
     return None
-
-
-def is_whole(path: Path) -> bool:
-    try:
-        load_checkpoint(path)
-    except ValueError:
-        return False
-    return True
 
 
 def is_occupied(run_dir: Path) -> bool:
@@ -142,24 +129,6 @@ def find_resumed(resume: str | None, run_dir: Path) -> tuple[Path, dict] | None:
     return found
 
 
-def is_claimed(run_dir: Path, resume: str | None, same_run: Callable[[dict], bool]) -> dict | None:
-    """The newest checkpoint's content if a new run's directory holds that very run, finished; None if it may be used.
-
-    Raises ValueError if it holds another run, which must not be deleted.
-    """
-    if not is_occupied(run_dir):
-        return None
-    newest = newest_checkpoint(run_dir)
-    if newest is not None and same_run(newest[1]) and is_finished(newest[1]):
-        return newest[1]
-    best = run_dir / BEST
-    if resume == "auto" and newest is None and (not best.exists() or same_run(load_checkpoint(best))):
-        return None  # this run, begun, but stopped before its first complete checkpoint
-    raise ValueError(
-        f"{run_dir} holds another run; continue it with --resume auto, delete it with --overwrite, or choose another --out_dir"
-    )
-
-
 def check_branch(path: Path, run_dir: Path) -> None:
     """Refuse to resume `path` where newer checkpoints would be mixed with those to come, or into another run's directory.
 
@@ -169,20 +138,13 @@ def check_branch(path: Path, run_dir: Path) -> None:
         if is_occupied(run_dir):
             raise ValueError(f"{run_dir} holds a run already; choose another --out_dir to continue {path} in")
         return
-    newer = [p for p in step_checkpoints(run_dir) if p.name > path.name]
-    for damaged in [p for p in newer if not is_whole(p)]:
-        damaged.rename(damaged.with_suffix(".pt.damaged"))
-        newer.remove(damaged)
-    if newer:
-        raise ValueError(f"{run_dir} goes on to {newer[0].name}; delete what is newer than {path.name}, or continue in another --out_dir")
-
-
-# ---------------------------------------------------------------- writing
-
-
-def write_config(run_dir: Path, model: GPTConfig, train: TrainConfig, extra: dict) -> None:
-    """config.json: for people, never read back."""
-    write_json(run_dir / "config.json", {"model": dataclasses.asdict(model), "train": dataclasses.asdict(train)} | extra)
+    for newer in (p for p in step_checkpoints(run_dir) if p.name > path.name):
+        try:
+            load_checkpoint(newer)
+        except ValueError:
+            newer.rename(newer.with_suffix(".pt.damaged"))
+        else:
+            raise ValueError(f"{run_dir} goes on to {newer.name}; delete what is newer than {path.name}, or continue in another --out_dir")
 
 
 def delete_old_checkpoints(run_dir: Path, keep: int | str) -> None:

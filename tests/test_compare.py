@@ -8,6 +8,7 @@ import pytest
 
 from compare import document_bits, paired_difference, read_documents
 from evaluate import evaluate_directory
+from formats.data_directory import DataDirectory
 from tests.conftest import tiny
 
 
@@ -35,7 +36,7 @@ def test_the_figures_are_those_of_evaluate(trained_run, sample_dir):
     from evaluate import Arguments
     from formats.run_directory import load_model
 
-    texts = read_documents(str(sample_dir), "test", None)
+    texts = read_documents(DataDirectory(sample_dir), "test", None)
     bits = document_bits(str(trained_run), texts, "cpu", 8)
     model, tokenizer, _, _ = load_model(str(trained_run))
     expected = evaluate_directory(Arguments(), model, tokenizer, str(sample_dir))["test"]["bits_per_byte"]

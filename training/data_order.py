@@ -2,14 +2,13 @@
 
 import math
 from fractions import Fraction
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from formats.data_directory import DTYPE, DataDirectory
-
-# ---------------------------------------------------------------- pure functions
 
 
 def samples_of_step(step: int, windows: int, rank: int = 0, processes: int = 1) -> np.ndarray:
@@ -58,9 +57,6 @@ def whole_shares(weights: list[Fraction]) -> list[int]:
     return [share // math.gcd(*shares) for share in shares]
 
 
-# ---------------------------------------------------------------- windows
-
-
 class TrainingData:
     """Windows of the training splits of several directories, in an order that is a pure function of (seed, sample number).
 
@@ -75,33 +71,24 @@ class TrainingData:
             raise ValueError("a data directory is named twice; name each once, with a weight if one should count for more")
         for other in directories[1:]:
             other.check_tokenizer(first.tokenizer, first.name, first.name)
-        given = [weight is not None for weight in weights]
-        if any(given) and not all(given):
+        self.mixed = weights[0] is not None
+        if any((weight is not None) != self.mixed for weight in weights):
             raise ValueError("give a weight to every data directory or to none, e.g. --data_dir a:0.7 b:0.3")
         self.sources = [directory.tokens("train") for directory in directories]
         for directory, source in zip(directories, self.sources):
             if len(source) < block_size + 1:
-                raise ValueError(
-                    f"the train split of {directory.name} has {len(source)} tokens, fewer than block_size + 1 = {block_size + 1}; "
-                    "give more text or a smaller --block_size"
-                )
+                few = f"{len(source)} tokens, fewer than block_size + 1 = {block_size + 1}"
+                raise ValueError(f"the train split of {directory.name} has {few}; give more text or a smaller --block_size")
         self.windows = [windows(len(source), block_size) for source in self.sources]
-        self.mixed = all(given)
         self.weights = whole_shares(weights) if self.mixed else self.windows
-        self.block_size, self.seed = block_size, seed
+        self.block_size = block_size
+        self.orders = [  # kept for two epochs: a batch may run across an epoch's end
+            lru_cache(2)(partial(epoch_starts, seed, s, n_tokens=len(source), block_size=block_size))
+            for s, source in enumerate(self.sources)
+        ]
         shares = map(str, self.weights) if self.mixed else [""] * len(directories)
         self.fingerprint = [{"share": share, **directory.fingerprint()} for directory, share in zip(directories, shares)]
-        self.epochs: list[dict[int, np.ndarray]] = [{} for _ in self.sources]  # the two epochs of each source read last
         self.samples_per_epoch = sum(self.windows)
-
-    def order(self, source: int, epoch: int) -> np.ndarray:
-        """epoch_starts of a source, kept for two epochs: a batch may run across an epoch's end."""
-        kept = self.epochs[source]
-        if epoch not in kept:
-            if len(kept) == 2:
-                del kept[min(kept)]
-            kept[epoch] = epoch_starts(self.seed, source, epoch, len(self.sources[source]), self.block_size)
-        return kept[epoch]
 
     def locate(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Sample numbers (n,) int64 -> the source of each sample and where its window starts there, both (n,) int64."""
@@ -110,7 +97,7 @@ class TrainingData:
         epoch, at = np.divmod(within, np.asarray(self.windows)[source])
         for s, e in set(zip(source.tolist(), epoch.tolist())):
             mine = (source == s) & (epoch == e)
-            start[mine] = self.order(s, e)[at[mine]]
+            start[mine] = self.orders[s](e)[at[mine]]
         return source, start
 
     def batch(self, index: np.ndarray) -> np.ndarray:

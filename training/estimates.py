@@ -27,9 +27,7 @@ PEAKS |= {"4090": 165, "3090": 71}
 
 def peak_flops(device: str) -> float | None:
     """The GPU's floating-point operations per second in half precision, None where it isn't known."""
-    if not device.startswith("cuda"):
-        return None
-    name = torch.cuda.get_device_name(device)
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else ""
     return next((1e12 * peak for part, peak in PEAKS.items() if part in name), None)
 
 
@@ -76,10 +74,8 @@ def fitting_batch(model_config: GPTConfig, config: TrainConfig, machine: Machine
         if free is None or need * together <= free:
             return need, size
         if size == 1:
-            raise ValueError(
-                f"this training needs about {need * together / 1e9:.1f} GB even with one window at a time, and {free / 1e9:.1f} GB "
-                "are free; take a smaller model (--preset nano) or a shorter --block_size"
-            )
+            needs = f"about {need * together / 1e9:.1f} GB even with one window at a time, and {free / 1e9:.1f} GB are free"
+            raise ValueError(f"this training needs {needs}; take a smaller model (--preset nano) or a shorter --block_size")
         _, size = passes_of_step(config, processes, size - 1)
 
 

@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import math
 import sys
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from utils import Machine, notice
 
@@ -22,7 +22,7 @@ SKIPS_IN_A_ROW = 5  # steps without a finite loss and gradient before a run ends
 SKIPS_IN_A_ROW_FP16 = 30  # there a skipped step halves the loss scale, and the first ones are expected
 
 
-@dataclass
+@dataclasses.dataclass
 class Progress:
     """Where a run stands."""
 
@@ -33,8 +33,7 @@ class Progress:
     skipped_steps: int = 0  # their loss or gradient was not finite
 
 
-@dataclass(frozen=True)
-class StepResult:
+class StepResult(NamedTuple):
     """One optimizer step. loss: mean in nats; accuracy: of its tokens; norm: of the gradient before clipping; tensors on the device."""
 
     loss: Tensor
@@ -49,10 +48,8 @@ def passes_of_step(config: TrainConfig, processes: int, micro_batch: int | None 
     """
     batch, accumulation = config.batch_size, config.gradient_accumulation_steps
     if accumulation % processes and batch % processes:
-        raise ValueError(
-            f"gradient_accumulation_steps={accumulation} and batch_size={batch}: neither can be divided by {processes} processes; "
-            f"give --gradient_accumulation_steps {-(-accumulation // processes) * processes}"
-        )
+        neither = f"gradient_accumulation_steps={accumulation} and batch_size={batch}: neither can be divided by {processes} processes"
+        raise ValueError(f"{neither}; give --gradient_accumulation_steps {-(-accumulation // processes) * processes}")
     windows = config.windows_per_step // processes
     most = min(batch if accumulation % processes == 0 else batch // processes, micro_batch or windows)
     size = next(size for size in range(most, 0, -1) if windows % size == 0)
@@ -89,8 +86,6 @@ class Learner:
     def out_of_patience(self) -> bool:
         return 0 < self.config.patience <= self.progress.evaluations_since_best
 
-    # ------------------------------------------------------------ values that aren't finite
-
     def skip_unless_finite(self, loss: Tensor, norm: Tensor) -> Tensor:
         """1 if the optimizers are to skip this step, else 0, on the device: a GPU is never waited for. Counts it."""
         skip = 1 - (norm.isfinite() & loss.isfinite()).float()
@@ -100,8 +95,7 @@ class Learner:
     def check_finite(self, saving: bool = False, validation_loss: float = 0.0) -> bool:
         """Whether the weights are beyond doubt: the last step was not skipped, or only for float16's loss scale.
 
-        Raises FloatingPointError after several skipped steps in a row; if weights in doubt would be saved; for a validation loss that
-        isn't finite.
+        Raises FloatingPointError after several skipped steps in a row, before weights in doubt are saved, for a loss that isn't finite.
         """
         in_a_row, new = map(int, self.skipped.tolist())
         self.skipped[1] = 0
@@ -119,10 +113,8 @@ class Learner:
     def _trouble(self) -> str:
         rates = ", ".join(f"{optimizer.param_groups[0]['lr']:.3g} ({type(optimizer).__name__})" for optimizer in self.optimizers)
         scale = f", loss scale {self.scaler.get_scale():g}" if self.scaler.is_enabled() else ""
-        values = f"loss {self.last.loss.item():.4g}, gradient norm {self.last.norm.item():.4g}, " if self.last is not None else ""
+        values = f"loss {self.last.loss.item():.4g}, gradient norm {self.last.norm.item():.4g}, " if self.last else ""
         return f"had no finite loss and gradient, the last at step {self.progress.step} ({values}learning rates {rates}{scale})"
-
-    # ------------------------------------------------------------ checkpoints
 
     def environment(self) -> dict[str, str]:
         """What else decides the last bits of the weights."""

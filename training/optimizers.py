@@ -74,18 +74,10 @@ class Muon(torch.optim.Optimizer):
 def make_optimizers(model: GPT, config: TrainConfig, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
     """The run's optimizers; each group remembers its peak rate as `peak_lr`. dtype: that of the forward pass."""
     groups = model.parameter_groups(muon=config.optimizer == "muon")
-    adamw = [
-        {"params": groups["decay"], "weight_decay": config.weight_decay},
-        {"params": groups["no_decay"], "weight_decay": 0.0},
-    ]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(
-            [group for group in adamw if group["params"]],
-            lr=config.learning_rate,
-            betas=(config.beta1, config.beta2),
-            fused=True,
-        )
-    ]
+    adamw = [{"params": groups["decay"], "weight_decay": config.weight_decay}, {"params": groups["no_decay"], "weight_decay": 0.0}]
+    adamw = [group for group in adamw if group["params"]]
+    betas = (config.beta1, config.beta2)
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(adamw, lr=config.learning_rate, betas=betas, fused=True)]
     if groups["muon"]:
         compute = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
         optimizers.append(Muon(groups["muon"], config.muon_learning_rate, config.weight_decay, parts=model.fused_parts(), dtype=compute))

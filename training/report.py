@@ -3,12 +3,12 @@
 import warnings
 from pathlib import Path
 
-from utils import Machine, notice, write_atomically, write_text
+from utils import Machine, notice, write_atomically, write_json, write_text
 
 from tqdm import tqdm
 
 from formats.metrics import METRICS, MetricsLog, read_metrics
-from formats.run_directory import check_branch, clear_run, write_config
+from formats.run_directory import check_branch, clear_run
 from models import GPT
 from training.estimates import peak_flops, seconds_per_step
 from training.learner import Learner
@@ -20,10 +20,8 @@ LONG_ON_CPU = 6 * 3600  # seconds
 
 
 def duration(seconds: float) -> str:
-    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 1.5 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} seconds"
+    units = {"days": 86400, "hours": 3600, "minutes": 60}
+    return next((f"{seconds / size:.1f} {unit}" for unit, size in units.items() if seconds >= 1.5 * size), f"{seconds:.0f} seconds")
 
 
 def announce(start: Start, model: GPT, validation: Validation, machine: Machine, processes: int, memory: float, micro_batch: int) -> None:
@@ -32,32 +30,24 @@ def announce(start: Start, model: GPT, validation: Validation, machine: Machine,
     tokens, done = config.windows_per_step * shape.block_size, start.resumed[1]["step"] if start.resumed else 0
     together = f" on {processes} processes" if processes > 1 else ""
     epochs = config.max_steps * tokens / (data.samples_per_epoch * shape.block_size)
-    notice(
-        f"model      {shape.arch}, {shape.n_layer} layers x {shape.n_embd}, {shape.n_head} heads, block {shape.block_size}, "
-        f"vocabulary {shape.vocab_size}: {model.num_parameters():,} parameters, "
-        f"{model.num_parameters(embedding=False):,} of them besides the token embedding"
-    )
-    notice(
-        f"data       {' '.join(start.names)}: {sum(map(len, data.sources)):,} training tokens; "
-        f"validation on the first {len(validation.prefix.tokens):,} tokens of {start.names[0]}"
-    )
-    notice(
-        f"run        {config.max_steps:,} steps of {tokens:,} tokens (effective batch: {config.batch_size} x "
-        f"{config.gradient_accumulation_steps} windows{together}) = {epochs:.2f} epochs; "
-        f"{config.optimizer}, warmup {config.warmup_steps} steps, {config.lr_schedule} decay"
-    )
+    network = f"{shape.arch}, {shape.n_layer} layers x {shape.n_embd}, {shape.n_head} heads, block {shape.block_size}"
+    size = f"{model.num_parameters():,} parameters, {model.num_parameters(embedding=False):,} of them besides the token embedding"
+    notice(f"model      {network}, vocabulary {shape.vocab_size}: {size}")
+    prefix = f"the first {len(validation.prefix.tokens):,} tokens of {start.names[0]}"
+    notice(f"data       {' '.join(start.names)}: {sum(map(len, data.sources)):,} training tokens; validation on {prefix}")
+    batch = f"effective batch: {config.batch_size} x {config.gradient_accumulation_steps} windows{together}"
+    schedule = f"{config.optimizer}, warmup {config.warmup_steps} steps, {config.lr_schedule} decay"
+    notice(f"run        {config.max_steps:,} steps of {tokens:,} tokens ({batch}) = {epochs:.2f} epochs; {schedule}")
     if data.mixed:
         passes = (config.max_steps * config.windows_per_step * w / sum(data.weights) / n for w, n in zip(data.weights, data.windows))
         notice("mixture    " + ", ".join(f"{name}: {times:.2f} epochs" for name, times in zip(start.names, passes)))
-    notice(
-        f"precision  {machine.dtype_name} on {machine.device}: {machine.dtype_reason}; compile {machine.compile}: {machine.compile_reason}"
-    )
+    compiled = f"compile {machine.compile}: {machine.compile_reason}"
+    notice(f"precision  {machine.dtype_name} on {machine.device}: {machine.dtype_reason}; {compiled}")
     notice(f"memory     about {memory / 1e9:.1f} GB{' in each process' if processes > 1 else ''}")
     if micro_batch < config.batch_size // (1 if config.gradient_accumulation_steps % processes == 0 else processes):
-        notice(
-            f"           too little is free for --batch_size {config.batch_size}: {micro_batch} windows at a time, "
-            f"{config.windows_per_step // processes // micro_batch} passes a step; the effective batch stays {config.windows_per_step}"
-        )
+        passes = f"{micro_batch} windows at a time, {config.windows_per_step // processes // micro_batch} passes a step"
+        stays = f"the effective batch stays {config.windows_per_step}"
+        notice(f"           too little is free for --batch_size {config.batch_size}: {passes}; {stays}")
     seconds = (config.max_steps - done) * seconds_per_step(model, data, config, machine, micro_batch) / processes
     notice(f"time       about {duration(seconds)} for {config.max_steps - done:,} steps at the speed just measured, plus evaluations")
     if machine.kind == "cpu" and seconds > LONG_ON_CPU:
@@ -68,66 +58,54 @@ def announce(start: Start, model: GPT, validation: Validation, machine: Machine,
 def open_log(start: Start, learner: Learner) -> MetricsLog:
     """Make the run directory ready: cleared for a new run, the log cut to where a resumed one stood. Raises ValueError, OSError."""
     run_dir, resumed, content = start.run_dir, start.resumed, start.content()
-    if resumed is not None:
-        check_branch(resumed[0], run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     if resumed is None:
         clear_run(run_dir)
-    extra = {"data": dict(zip(start.names, content["data"])), "init_from": content["init_from"], "environment": learner.environment()}
-    write_config(run_dir, start.model_config, start.config, extra)
-    write_text(run_dir / "tokenizer.json", start.tokenizer.json)
+    else:
+        check_branch(resumed[0], run_dir)
+    config = {"model": content["model_config"], "train": content["train_config"], "data": dict(zip(start.names, content["data"]))}
+    config |= {"init_from": content["init_from"], "environment": learner.environment()}
+    write_json(run_dir / "config.json", config)  # for people, never read back
+    write_text(run_dir / "tokenizer.json", content["tokenizer"])
     earlier = (resumed[0].parent / METRICS, resumed[1]["resume"]["metrics"]) if resumed else None
     return MetricsLog(run_dir / METRICS, earlier, learner.progress.step + 1 if start.config.tensorboard else None)
 
 
 class StepLog:
-    """Lines of metrics.jsonl on training steps, and the speed between them; evaluations and checkpoints are not timed."""
+    """Lines of metrics.jsonl on training steps. seconds: of each step since the last line; evaluations and checkpoints are not timed."""
 
     def __init__(self, learner: Learner, log: MetricsLog | None, bar: tqdm):
         self.learner, self.log, self.bar = learner, log, bar
         self.tokens_per_step = learner.config.windows_per_step * learner.model.config.block_size
         self.peak_flops = peak_flops(learner.machine.device)
-        self.steps, self.seconds = 0, 0.0
-
-    def timed(self, seconds: float) -> None:
-        """One more step, which took this long."""
-        self.steps, self.seconds = self.steps + 1, self.seconds + seconds
+        self.seconds: list[float] = []
 
     def write(self) -> None:
         """A line on the last step; rank 0's part."""
-        rate = self.steps * self.tokens_per_step / max(1e-9, self.seconds)
-        self.steps, self.seconds = 0, 0.0
+        rate = len(self.seconds) * self.tokens_per_step / max(1e-9, sum(self.seconds))
+        self.seconds.clear()
         if self.log is None:
             return
         learner, step = self.learner, self.learner.progress.step
-        speed = {"tokens_per_second": round(rate)}
+        loss, accuracy, norm = (value.item() for value in learner.last)
+        line = {"step": step, "tokens": step * self.tokens_per_step, "loss": loss, "accuracy": accuracy}
+        line |= {"lr_factor": lr_factor(step - 1, learner.config), "gradient_norm": norm}
+        line |= {"skipped_steps": learner.progress.skipped_steps, "tokens_per_second": round(rate)}
         if self.peak_flops:
-            speed["mfu"] = round(rate * learner.model.flops_per_token() / self.peak_flops / learner.processes.count, 4)
-        loss = learner.last.loss.item()
-        self.log.write(
-            step=step,
-            tokens=step * self.tokens_per_step,
-            loss=loss,
-            accuracy=learner.last.accuracy.item(),
-            lr_factor=lr_factor(step - 1, learner.config),
-            gradient_norm=learner.last.norm.item(),
-            skipped_steps=learner.progress.skipped_steps,
-            **speed,
-        )
+            line["mfu"] = round(rate * learner.model.flops_per_token() / self.peak_flops / learner.processes.count, 4)
+        self.log.write(**line)
         self.bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s", refresh=False)
 
 
 def plot_losses(run_dir: Path, entropy: float | None = None) -> None:
     """loss.png: training and validation loss in nats per token, the learning rate, and a perfect model's loss where it is known."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     lines = read_metrics(run_dir / METRICS)
     train = [(line["step"], line["loss"], line["lr_factor"]) for line in lines if line.get("loss") is not None]
     val = [(line["step"], line["val_loss"]) for line in lines if "val_loss" in line]
-    figure, axes = plt.subplots(figsize=(9, 5), dpi=110)
+    figure = Figure(figsize=(9, 5), dpi=110)
+    axes = figure.subplots()
     if train:
         steps, losses, rates = zip(*train)
         axes.plot(steps, losses, color="tab:blue", alpha=0.35, linewidth=1, label="training (one batch)")
@@ -147,13 +125,9 @@ def plot_losses(run_dir: Path, entropy: float | None = None) -> None:
     if values:  # the first steps from ln(vocab) down would flatten the rest
         low, high = min(values[0], entropy or values[0]), values[int(0.97 * (len(values) - 1))]
         axes.set_ylim(low - 0.05 * (high - low + 0.1), high + 0.1 * (high - low + 0.1))
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats per token)")
-    axes.set_title(run_dir.resolve().name)
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=run_dir.resolve().name)
     axes.grid(alpha=0.3)
     axes.legend(loc="upper right")
     figure.tight_layout()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a glyph that the font lacks in the title
+    with warnings.catch_warnings(action="ignore"):  # a glyph that the font lacks in the title
         write_atomically(run_dir / "loss.png", lambda file: figure.savefig(file, format="png"))
-    plt.close(figure)

@@ -11,15 +11,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import get_args, get_type_hints
 
-from utils import asked_values, normalize_flags, notice, parse_flags, parse_weighted, replace_fields
-
-from torch import Tensor
+from utils import normalize_flags, notice, parse_flags, parse_weighted, replace_fields
 
 import config as settings
 from config import FINE_TUNING, PRESETS, GPTConfig, TrainConfig
 from formats import huggingface
+from formats.checkpoint import load_checkpoint
 from formats.data_directory import DataDirectory
-from formats.run_directory import HOME, is_claimed, is_finished, load_content
+from formats.run_directory import BEST, HOME, is_finished, is_occupied, load_content, newest_checkpoint
 from formats.tokenizer import KINDS, TextTokenizer, gpt2_tokenizer, load_tokenizer
 from training.data_order import TrainingData
 
@@ -32,7 +31,6 @@ PLACES = {"data_dir", "out_dir"}  # no part of what a run is
 LENGTHS = ("max_steps", "epochs", "max_tokens")
 
 HUB_NAMES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium")}
-HUB_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
 # ---------------------------------------------------------------- what is asked for
 
@@ -87,7 +85,8 @@ def read_arguments(argv: list[str] | None, doc: str | None) -> tuple[Arguments, 
     words = normalize_flags(Arguments, sys.argv[1:] if argv is None else list(argv), {})
     model, train, asked = preset_of(words)
     args = parse_flags(Arguments, words, doc, default=Arguments(model=model, train=train))
-    flags = asked_values(words, args.model, args.train)
+    given = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
+    flags = {name: value for name, value in (vars(args.model) | vars(args.train)).items() if name in given}
     lengths = [name for name in LENGTHS if name in flags]
     problems = {
         "give either --data_dir or --dataset, not both": args.dataset and "data_dir" in flags,
@@ -122,12 +121,10 @@ def run_directory(args: Arguments) -> Path:
 # ---------------------------------------------------------------- the configuration
 
 
-def resolve(
-    args: Arguments, asked: dict[str, object], tokenizer: TextTokenizer, resumed: dict | None, source: dict | None
-) -> tuple[GPTConfig, TrainConfig]:
+def resolve(args: Arguments, asked: dict, vocab_size: int, resumed: dict | None, source: dict | None) -> tuple[GPTConfig, TrainConfig]:
     """The run's configuration: that of the resumed checkpoint, of the source's model, or as asked; changed where that may be.
 
-    Raises ValueError for a change that would make it another run or another model.
+    vocab_size: the data's. Raises ValueError for a change that would make it another run or another model.
     """
     if resumed is not None:
         owner, places = "the run to resume", {name: getattr(args.train, name) for name in PLACES}
@@ -140,11 +137,9 @@ def resolve(
             raise ValueError(f"block_size={asked['block_size']}, but {name} has learned {shape['block_size']} positions; pass at most that")
         model = replace_fields(GPTConfig(**shape | {"dropout": 0.0, "flash": True}), asked, OF_THIS_RUN, name)
         return model, fine_tuning(args.train, asked, model.n_embd)
-    if "vocab_size" in asked and args.dataset is None and asked["vocab_size"] != tokenizer.vocab_size:
-        raise ValueError(
-            f"vocab_size={asked['vocab_size']}, but the data's tokenizer has {tokenizer.vocab_size} ids; leave --vocab_size out"
-        )
-    return dataclasses.replace(args.model, vocab_size=tokenizer.vocab_size), args.train
+    if asked.get("vocab_size") not in (None, vocab_size) and args.dataset is None:
+        raise ValueError(f"vocab_size={asked['vocab_size']}, but the data's tokenizer has {vocab_size} ids; leave --vocab_size out")
+    return dataclasses.replace(args.model, vocab_size=vocab_size), args.train
 
 
 def fine_tuning(config: TrainConfig, asked: dict[str, object], n_embd: int) -> TrainConfig:
@@ -180,10 +175,7 @@ def read_source(name: str) -> dict:
 
     NAME is whatever --checkpoint takes, or gpt2, gpt2-medium from the Hugging Face hub. Raises FileNotFoundError, ValueError.
     """
-    if name in HUB_NAMES and not Path(name).exists():
-        content = huggingface.load_folder(download(name))
-    else:
-        _, content = load_content(name)
+    content = huggingface.load_folder(download(name)) if name in HUB_NAMES and not Path(name).exists() else load_content(name)[1]
     digest = hashlib.sha256()
     for key, weight in sorted(content["model"].items()):
         digest.update(key.encode() + weight.contiguous().numpy().tobytes())
@@ -195,18 +187,12 @@ def download(name: str) -> Path:
     os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "10")
     from huggingface_hub import snapshot_download
 
+    files = ["config.json", "model.safetensors", "tokenizer.json"]
     try:
-        return Path(snapshot_download(HUB_NAMES[name], allow_patterns=list(HUB_FILES), etag_timeout=5))
+        return Path(snapshot_download(HUB_NAMES[name], allow_patterns=files, etag_timeout=5))
     except Exception as error:  # its own kinds, requests', httpx', the system's
-        raise ValueError(
-            f"{name} can't be had from the Hugging Face hub ({type(error).__name__}); "
-            "give --init_from a folder with its config.json, model.safetensors and tokenizer.json, or a checkpoint"
-        ) from None
-
-
-def weights_for(source: dict, shape: GPTConfig) -> dict[str, Tensor]:
-    """The source's weights for this shape: learned positions beyond block_size are left out."""
-    return {name: weight[: shape.block_size] if name == "wpe.weight" else weight for name, weight in source["model"].items()}
+        instead = "give --init_from a folder with its config.json, model.safetensors and tokenizer.json, or a checkpoint"
+        raise ValueError(f"{name} can't be had from the Hugging Face hub ({type(error).__name__}); {instead}") from None
 
 
 # ---------------------------------------------------------------- all of it
@@ -230,10 +216,6 @@ class Start:
     source: dict | None
 
     @property
-    def tokenizer(self) -> TextTokenizer:
-        return self.directories[0].tokenizer
-
-    @property
     def names(self) -> list[str]:
         """The data directories as the user named them."""
         return [directory.name for directory in self.directories]
@@ -243,48 +225,56 @@ class Start:
         return {
             "model_config": dataclasses.asdict(self.model_config),
             "train_config": dataclasses.asdict(self.config),
-            "tokenizer": self.tokenizer.json,
+            "tokenizer": self.directories[0].tokenizer.json,
             "data": self.data.fingerprint,
             "init_from": self.resumed[1].get("init_from") if self.resumed else self.source and self.source["origin"],
         }
 
     def same_run(self, content: dict) -> bool:
         """Whether a checkpoint belongs to this very run, wherever its directories are."""
-
-        def identity(values: dict) -> tuple:
-            train = dataclasses.asdict(TrainConfig(**values["train_config"]))
-            return values["model_config"], {k: v for k, v in train.items() if k not in PLACES}, values["data"], values.get("init_from")
-
-        return identity(content) == identity(self.content())
+        mine, train = self.content(), TrainConfig(**content["train_config"])
+        train = dataclasses.replace(train, **{name: getattr(self.config, name) for name in PLACES})
+        return train == self.config and all(content.get(key) == mine[key] for key in ("model_config", "data", "init_from"))
 
     def finished_step(self, overwrite: bool, resume: str | None) -> int | None:
         """The last step of this very run, if the run directory holds it finished. Raises ValueError if another one is in the way."""
         if self.resumed is not None:
             content = self.resumed[1]
             return content["step"] if is_finished(content, self.config) else None
-        newest = None if overwrite else is_claimed(self.run_dir, resume, self.same_run)
-        return newest and newest["step"]
+        if overwrite or not is_occupied(self.run_dir):
+            return None
+        newest = newest_checkpoint(self.run_dir)
+        if newest is not None and self.same_run(newest[1]) and is_finished(newest[1]):
+            return newest[1]["step"]
+        best = self.run_dir / BEST
+        if resume == "auto" and newest is None and (not best.exists() or self.same_run(load_checkpoint(best))):
+            return None  # this run, begun, but stopped before its first complete checkpoint
+        choices = "continue it with --resume auto, delete it with --overwrite, or choose another --out_dir"
+        raise ValueError(f"{self.run_dir} holds another run; {choices}")
 
 
 def make_start(
-    args: Arguments,
-    asked: dict[str, object],
-    resumed: tuple[Path, dict] | None,
-    source: dict | None,
-    directories: list[DataDirectory],
-    weights: list[Fraction | None],
+    args: Arguments, asked: dict, resumed: tuple[Path, dict] | None, source: dict | None, directories: list, weights: list
 ) -> Start:
-    """Put together what was read, and resolve the configuration. Raises ValueError, FileNotFoundError for what can't be done."""
+    """Put together what was read, and resolve the configuration. Raises ValueError, FileNotFoundError for what can't be done.
+
+    directories, weights: as open_directories gives them.
+    """
+    first = directories[0]
     if source is not None:  # else the data's ids would mean nothing to the model
         name = source["origin"]["name"]
         folder = Path(name).parent if name.endswith(".pt") else name
-        directories[0].check_tokenizer(TextTokenizer(source["tokenizer"], name), name, folder)
-    model_config, config = resolve(args, asked, directories[0].tokenizer, resumed and resumed[1], source)
+        first.check_tokenizer(TextTokenizer(source["tokenizer"], name), name, folder)
+    model_config, config = resolve(args, asked, first.tokenizer.vocab_size, resumed and resumed[1], source)
     data = TrainingData(directories, weights, model_config.block_size, config.seed)
     config = fix_length(config, "warmup_steps" in asked or resumed is not None, data)
     if resumed is not None:
-        check_resumed(resumed, args.init_from, data)
-    first = directories[0]
+        path, content = resumed
+        if content["data"] != data.fingerprint:
+            before = " ".join(content["train_config"].get("data_dir", ()))
+            raise ValueError(f"{path} was trained on other data; give its --data_dir {before or 'DIR'}, or another --out_dir")
+        if args.init_from is not None and (content.get("init_from") or {}).get("name") != args.init_from:
+            raise ValueError(f"{path} did not start from {args.init_from}; leave --init_from out, or choose another --out_dir")
     also = [DataDirectory(name, first.tokenizer) for name in args.also_eval]
     for directory in also:
         directory.check_tokenizer(first.tokenizer, first.name, first.name, "--also_eval ")
@@ -301,13 +291,3 @@ def open_directories(names: tuple[str, ...], tokenizer_name: str | None) -> tupl
     if tokenizer is not None and not tokenizer.same_ids(directories[0].tokenizer):
         raise ValueError(f"{paths[0]} was prepared with another tokenizer than {tokenizer_name}; leave --tokenizer out")
     return directories, list(weights)
-
-
-def check_resumed(resumed: tuple[Path, dict], init_from: str | None, data: TrainingData) -> None:
-    """Raise ValueError unless the resumed run was trained on this data and started from the model that is asked for."""
-    path, content = resumed
-    if content["data"] != data.fingerprint:
-        before = " ".join(content["train_config"].get("data_dir", ()))
-        raise ValueError(f"{path} was trained on other data; give its --data_dir {before or 'DIR'}, or another --out_dir")
-    if init_from is not None and (content.get("init_from") or {}).get("name") != init_from:
-        raise ValueError(f"{path} did not start from {init_from}; leave --init_from out, or choose another --out_dir")

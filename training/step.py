@@ -24,7 +24,7 @@ def training_step(learner: Learner, batches: Batches, step: int, stopped: Callab
     totals = torch.zeros(2, device=machine.device)  # loss, accuracy
     for micro_step, samples in enumerate(index.reshape(learner.micro_steps, learner.micro_batch)):
         if stopped():
-            zero_gradients(learner)
+            learner.model.zero_grad()
             return None
         rows = batches(samples)  # (B, T + 1)
         if learner.model.config.dropout:
@@ -44,14 +44,9 @@ def training_step(learner: Learner, batches: Batches, step: int, stopped: Callab
         optimizer.found_inf = skip
         optimizer.step()
     learner.scaler.update()
-    zero_gradients(learner)
+    learner.model.zero_grad()
     if learner.ema is not None:
         weight = 1 - min(config.ema_decay, (1 + step) / (10 + step))  # young means forget faster
         with torch.no_grad():
             torch._foreach_lerp_(list(learner.ema.parameters()), list(learner.model.parameters()), weight)
     return StepResult(loss, accuracy, norm)
-
-
-def zero_gradients(learner: Learner) -> None:
-    for optimizer in learner.optimizers:
-        optimizer.zero_grad(set_to_none=True)

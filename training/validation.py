@@ -69,41 +69,25 @@ class Validation:
         self.also = {other.name: split_prefix(other, "val", config.eval_tokens) for other in also}
         self.newest: dict = {}  # the measures of the newest evaluation
 
-    def scores(self, learner: Learner, stopped: Callable[[], bool]) -> tuple[dict, dict[str, dict]] | None:
-        """The measures of the run's own prefix, and of the others by their names, in training precision; None if `stopped` says so."""
+    def evaluate(self, learner: Learner, stopped: Callable[[], bool]) -> dict | None:
+        """Everything that metrics.jsonl gets from an evaluation, in training precision, told to people too.
+
+        None if `stopped` says so before it is done. Raises FloatingPointError for a loss that isn't finite.
+        """
+        model, eot_id, step = learner.evaluated.eval(), self.tokenizer.eot_id, learner.progress.step
         summaries = []
         for prefix in (self.prefix, *self.also.values()):
-            score = score_tokens(
-                learner.evaluated,
-                prefix.tokens,
-                self.tokenizer.eot_id,
-                batch_size=learner.micro_batch,
-                autocast=learner.machine.dtype if learner.machine.dtype != torch.float32 else None,
-                stop=stopped,
-            )
+            score = score_tokens(model, prefix.tokens, eot_id, learner.micro_batch, dtype=learner.machine.dtype, stop=stopped)
             if score is None:
+                model.train()
                 return None
             summaries.append(summarize(score, prefix.n_bytes))
-        return summaries[0], dict(zip(self.also, summaries[1:]))
-
-    def evaluate(self, learner: Learner, stopped: Callable[[], bool]) -> dict | None:
-        """Everything that metrics.jsonl gets from an evaluation, told to people too; None if `stopped` says so before it is done.
-
-        Raises FloatingPointError for a loss that isn't finite.
-        """
-        learner.evaluated.eval()
-        scores = self.scores(learner, stopped)
-        if scores is not None:
-            summary, also = scores
-            learner.check_finite(validation_loss=summary["loss"])
-            sample = (
-                sample_text(learner.evaluated, self.tokenizer, self.config, learner.progress.step) if self.config.sample_tokens else None
-            )
-        learner.evaluated.train()
-        if scores is None:
-            return None
+        summary, also = summaries[0], dict(zip(self.also, summaries[1:]))
+        learner.check_finite(validation_loss=summary["loss"])
+        sample = sample_text(model, self.tokenizer, self.config, step) if self.config.sample_tokens else None
+        model.train()
         self.newest = summary
-        lines = [f"step {learner.progress.step:>6,}  {self.describe(summary)}"]
+        lines = [f"step {step:>6,}  {self.describe(summary)}"]
         lines += [f"             {name}: {describe(other)}" for name, other in also.items()]
         if sample:
             printable = "".join(character if character.isprintable() else " " for character in sample)
