@@ -157,7 +157,7 @@ def delete_old_checkpoints(run_dir: Path, keep: int | str) -> None:
 def clear_run(run_dir: Path) -> None:
     """Delete what a run wrote into its directory, and what was exported from it; other files stay."""
     for path in [*(run_dir / name for name in (*read_record(run_dir), "tensorboard", *WRITTEN)), *step_checkpoints(run_dir)]:
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
