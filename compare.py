@@ -19,7 +19,7 @@ import tyro
 
 from evaluation.measures import score_tokens, why_no_bits_per_byte
 from formats.data_directory import DTYPE, DataDirectory
-from formats.run_directory import load_model
+from formats.run_directory import find_checkpoint, load_model
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,10 @@ def verdict(difference: float, error: float) -> str:
 def main(argv: list[str] | None = None) -> int:
     args = read_command_line(Arguments, argv, __doc__)
     device, results = choose_device(args.device), {}
+    models = {run: find_checkpoint(run) for run in args.runs}
+    same = [run for run in args.runs if list(models.values()).count(models[run]) > 1]
+    if same:
+        raise ValueError(f"{' and '.join(same)} mean the same model, {models[same[0]]}; name each run by its own directory")
     for name in args.data_dir:
         data = DataDirectory(name)
         split = args.split or ("val" if "val" in data.splits and "test" not in data.splits else "test")

@@ -100,8 +100,8 @@ def evaluate_directory(args: Arguments, model: GPT, tokenizer: TextTokenizer, na
 
     Raises ValueError if the directory was prepared with another tokenizer or has none of the splits.
     """
-    data = DataDirectory(name)
-    data.check_tokenizer(tokenizer, "the model", "RUN (a run directory holds its tokenizer.json), or give the text to --text")
+    data = DataDirectory(name, tokenizer)
+    data.check_tokenizer(tokenizer, "the model", "tokenizer.json (the model's run directory holds one)")
     asked = dict.fromkeys(args.split)
     if not asked.keys() & set(data.splits):
         raise FileNotFoundError(f"{name} has no {' or '.join(asked)} split, only {', '.join(data.splits)}; name one with --split")
@@ -119,7 +119,7 @@ def evaluate_directory(args: Arguments, model: GPT, tokenizer: TextTokenizer, na
     return results
 
 
-def report(results: dict[str, dict[str, dict]]) -> bool:
+def print_results(results: dict[str, dict[str, dict]]) -> bool:
     """Print the results; say where bits per byte are missing and why, and where a model is better than a perfect one. True if none is."""
     honest, notes, width = True, [], max(map(len, results))
     header = f"{'loss':>8} {'perplexity':>10} {'accuracy':>8} {'bits/byte':>9} {'perfect':>8} {'tokens':>12} {'documents':>9}"
@@ -143,13 +143,12 @@ def report(results: dict[str, dict[str, dict]]) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     args = read_command_line(Arguments, argv, __doc__, aliases={"model_path": "checkpoint"})
-    model, tokenizer, path, content = load_model(args.checkpoint, choose_device(args.device))
+    model, tokenizer, path, _ = load_model(args.checkpoint, choose_device(args.device))
     directories = args.data_dir or (() if args.text else ("./data",))
-    notice(f"{path}, step {content['step']}")
     results = {name: evaluate_directory(args, model, tokenizer, name) for name in directories}
     for name in args.text:
         results[name] = {"text": evaluate_tokens(args, model, tokenizer, *text_tokens(name, args.separator, tokenizer))}
-    honest = report(results)
+    honest = print_results(results)
     output = Path(args.output) if args.output else path.parent / "evaluation.json"
     write_json(output, results)
     notice(f"written to {output}")

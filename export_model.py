@@ -35,7 +35,7 @@ class Arguments(Checked):
     format: tuple[Literal[*FORMATS], ...] = ("onnx",)
     """What to write, one or several; without this flag onnx."""
     checkpoint: str = "./checkpoints"
-    """A .pt file, a run directory (its best model), or the name of one under ./checkpoints. Alias: --model_path."""
+    """A .pt file, an HF folder, or a run directory, also by its name below ./checkpoints. Default: the newest finished run there."""
     output: str | None = None
     """Directory for the files. Default: beside the checkpoint."""
 

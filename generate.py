@@ -30,7 +30,7 @@ class Arguments(Checked):
     """Flags of generate.py."""
 
     checkpoint: str = "./checkpoints"
-    """A .pt file, a run directory (its best model), or the name of one under ./checkpoints. Alias: --model_path."""
+    """A .pt file, an HF folder, or a run directory, also by its name below ./checkpoints. Default: the newest finished run there."""
     prompt: str | None = None
     """Text to continue. Without it: a conversation on a terminal, or one prompt a line from a pipe."""
     max_new_tokens: Count = 300
@@ -75,9 +75,10 @@ def read_prompts(interactive: bool) -> Iterator[str]:
 
 def main(argv: list[str] | None = None) -> int:
     args = read_command_line(Arguments, argv, __doc__, {"model_path": "checkpoint", "max_length": "max_new_tokens"})
-    model, tokenizer, path, content = load_model(args.checkpoint, choose_device(args.device))
+    model, tokenizer, *_ = load_model(args.checkpoint, choose_device(args.device))
     seed = args.seed if args.seed is not None else secrets.randbelow(2**31)
-    notice(f"{path}, step {content['step']}" + (f", seed {seed}" if args.seed is None and args.temperature > 0 else ""))
+    if args.seed is None and args.temperature > 0:
+        notice(f"seed {seed}")
     if args.temperature == 0 and (args.top_k or args.top_p or args.min_p or args.num_samples > 1):
         notice("at temperature 0 the text is always the same: --top_k, --top_p, --min_p and --num_samples have no effect on it")
     interactive = args.interactive or (args.prompt is None and sys.stdin.isatty())

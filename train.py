@@ -13,6 +13,7 @@ import math
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from utils import LostProcess, Machine, StopSignal, choose_device, explained_failures, notice, run_script, write_text
@@ -74,9 +75,10 @@ def train(start: Start, learner: Learner, validation: Validation, log: MetricsLo
                 progress.evaluation_due = not evaluate(start, learner, validation, log, stop)
             if saving and (last or sound):
                 save(start, learner, log)
-    if stopped():
+    ended = stopped()
+    if ended:
         stop.number = stop.number or signal.SIGTERM  # another process may have got it
-    if stop or processes.any(learner.out_of_patience):
+    if ended or processes.any(learner.out_of_patience):
         save(start, learner, log)
 
 
@@ -113,7 +115,7 @@ def set_up(start: Start, device: str, processes: Processes) -> tuple[Learner, Va
     with torch.device("meta"):
         flops = GPT(start.model_config).flops_per_token() * config.max_steps * config.windows_per_step * start.data.block_size
     machine = Machine.choose(device, config.dtype, config.compile, flops)
-    memory, micro_batch = fitting_batch(start.model_config, config, machine, processes.count)
+    memory, micro_batch = fitting_batch(start.model_config, config, machine, processes)
     validation = Validation(start.directories[0], start.also, config)
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it
@@ -143,7 +145,7 @@ def prepare_text(args: Arguments, asked: dict[str, object], run_dir: Path, sourc
     tokenizer = args.tokenizer
     if source is not None:
         tokenizer = str(run_dir / "tokenizer.json")
-        if not is_occupied(run_dir) or not Path(tokenizer).is_file():
+        if args.overwrite or not is_occupied(run_dir) or not Path(tokenizer).is_file():
             run_dir.mkdir(parents=True, exist_ok=True)
             write_text(Path(tokenizer), source["tokenizer"])
     preparing = prepare_data.Arguments(**given, output=str(run_dir / "data"), tokenizer=tokenizer, seed=args.train.seed, **choices)
@@ -169,13 +171,14 @@ def finish(start: Start, learner: Learner, validation: Validation, stop: StopSig
 
 def run(args: Arguments, asked: dict[str, object], device: str, processes: Processes) -> int:
     """The whole stage in one process of those that train together. Returns the exit code."""
-    run_dir = run_directory(args)
+    run_dir = run_directory(args, asked)
     resumed = find_resumed(args.resume, run_dir)
     source = read_source(args.init_from) if args.init_from is not None and resumed is None else None
     if args.dataset is not None:
         if processes.first and not (resumed is not None and (run_dir / "data" / META).is_file()):
             prepare_text(args, asked, run_dir, source)
         processes.wait()
+        args = replace(args, train=replace(args.train, data_dir=(str(run_dir / "data"),)))
         directories, weights = [DataDirectory(run_dir / "data")], [None]
     else:
         directories, weights = open_directories(args.train.data_dir, args.tokenizer)
@@ -190,8 +193,10 @@ def run(args: Arguments, asked: dict[str, object], device: str, processes: Proce
             finish(start, learner, validation, stop, time.perf_counter() - began)
         if stop:
             return 128 + stop.number
-    elif processes.first:
-        print(f"{run_dir} holds this very run, finished at step {finished}")
+    else:
+        run_dir = resumed[0].parent if resumed is not None else run_dir
+        if processes.first:
+            print(f"{run_dir} holds this very run, finished at step {finished}")
     if not args.export or not processes.first:
         return 0
     import export_model
@@ -213,7 +218,7 @@ def main(argv: list[str] | None = None) -> int:
         with explained_failures(device, f"{advice}, a shorter --block_size or a smaller --preset", processes.count):
             return run(args, asked, device, processes)
     except FloatingPointError as error:
-        saved = step_checkpoints(run_directory(args))
+        saved = step_checkpoints(run_directory(args, asked))
         onward = f"continue from {saved[0]} with --resume auto and" if saved else "start again with"
         notice(f"error: {error}; {onward} a lower --learning_rate and --muon_learning_rate")
         return 1

@@ -63,8 +63,10 @@ def run_script(main: Callable[[], int | None]) -> None:
     sys.exit(code)
 
 
-# Imports at the top of a script fail before its main can: a missing package, a mistake in config.py, Ctrl-C.
-sys.excepthook = lambda kind, error, _: sys.exit(report(error))
+# Imports at the top of a script fail before its main can: a missing package, a mistake in config.py, Ctrl-C. Other programs that import
+# from here, and interactive sessions, keep their own hook.
+if sys.argv[0].endswith(".py") and Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent:
+    sys.excepthook = lambda kind, error, _: sys.exit(report(error))
 
 
 def notice(message: str) -> None:
@@ -124,13 +126,13 @@ class Checked:
         return []
 
 
-def replace_fields(config, values: dict, may_change: set[str], owner: str):
+def replace_fields(config, values: dict, may_change: set[str], owner: str, advice: str = ""):
     """A copy of a dataclass with those of the values that are its fields. Raises ValueError for a change that `owner` doesn't allow."""
     mine = {field.name: values[field.name] for field in dataclasses.fields(config) if field.name in values}
     for name, value in mine.items():
         fixed = getattr(config, name)
         if name not in may_change and value != fixed:
-            raise ValueError(f"{owner} has {name}={fixed}, not {value}; leave {name} as it is, or start in another --out_dir")
+            raise ValueError(f"{owner} has {name}={fixed}, not {value}; leave --{name} out{advice}")
     return dataclasses.replace(config, **mine)
 
 

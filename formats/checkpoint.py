@@ -7,6 +7,7 @@ from utils import describe, write_atomically
 
 import torch
 
+from config import GPTConfig, TrainConfig
 from models import GPT
 
 FORMAT_VERSION = 1
@@ -39,6 +40,11 @@ def load_checkpoint(path: Path) -> dict:
         raise ValueError(f"{path} is no checkpoint of this project; give a .pt file that train.py wrote")
     if content["format_version"] != FORMAT_VERSION:
         raise ValueError(f"{path} has format version {content['format_version']}, this program reads {FORMAT_VERSION}")
+    try:
+        GPTConfig(**content["model_config"])
+        TrainConfig(**content["train_config"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: its configuration is not this program's ({error}); train again") from None
     return content
 
 

@@ -109,7 +109,7 @@ class DataDirectoryWriter(contextlib.AbstractContextManager):
 
 
 def finish_commit(directory: Path) -> None:
-    """Finish a commit that was begun: rename its new files, remove those it replaces by nothing."""
+    """Finish a commit that was begun: rename its new files, delete old files that have no successor."""
     marker = directory / COMMIT
     if not marker.is_file():
         return
@@ -134,8 +134,8 @@ def finish_commit(directory: Path) -> None:
 class DataDirectory:
     """A data directory opened for reading.
 
-    name: path as the user gave it; meta: meta.json, None for a directory that nanoGPT wrote. tokenizer: without meta.json the given one, or
-    else the directory's own, or else GPT-2's if the ids fit.
+    name: path as the user gave it; meta: meta.json, None for a directory that nanoGPT wrote. tokenizer: the directory's own; without
+    one the given one, or else GPT-2's if the ids fit.
     Raises FileNotFoundError where there is no data, ValueError where files disagree with each other or the tokenizer is unknown.
     """
 
@@ -153,7 +153,8 @@ class DataDirectory:
         elif not {"train", "val"} & {*self.splits}:
             raise FileNotFoundError(f"no token files in {path}; make them with prepare_data.py --output {path}")
         else:
-            self.tokenizer = tokenizer or self._likely_tokenizer()
+            own = load_tokenizer(self.path) if (self.path / "tokenizer.json").is_file() else None
+            self.tokenizer = own or tokenizer or self._likely_tokenizer()
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -162,15 +163,15 @@ class DataDirectory:
 
     def _likely_tokenizer(self) -> TextTokenizer:
         """The tokenizer of a directory that doesn't name one. Raises ValueError where it would be a guess."""
-        if (self.path / "tokenizer.json").is_file():
-            return load_tokenizer(self.path)
         largest = max(self._open(split)[1] for split in self.splits if split != "test")
         if (self.path / "meta.pkl").exists() or largest not in GPT2_LARGEST_IDS:  # nanoGPT's meta.pkl maps characters; it is never opened
             raise ValueError(
                 f"{self.name} has no {META}, so its tokenizer is unknown; put its tokenizer.json there, or pass train.py --tokenizer PATH"
             )
         tokenizer = gpt2_tokenizer()
-        notice(f"{self.name} has no {META}: its 50,257 ids or fewer are taken as GPT-2's; put a tokenizer.json there if they are others")
+        notice(
+            f"{self.name} has no {META}; its ids fit GPT-2's tokenizer, which is used; if that is wrong, put the right tokenizer.json there"
+        )
         return tokenizer
 
     def _read_meta(self) -> dict:
@@ -212,7 +213,7 @@ class DataDirectory:
 
     def entropy(self, split: str) -> list[float] | None:
         """Bits of each document of a sample corpus's split under the grammar that wrote it; None for other data."""
-        path = self.path / ENTROPY
+        path = next((self.path / name for name in (ENTROPY, FORMER) if (self.path / name).is_file()), self.path / ENTROPY)
         if self.meta is None or "sample" not in self.meta or not path.is_file():
             return None
         return json.loads(path.read_text()).get(split)

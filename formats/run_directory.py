@@ -53,8 +53,10 @@ def _has_finished(run_dir: Path) -> bool:
 
 
 def find_checkpoint(name: str) -> Path:
-    """What `--checkpoint NAME` means: a .pt file; a directory (the newest finished run at or below it, else the newest one, or an HF
-    folder); or the name of one below ./checkpoints, where `best_model.pt` alone means the newest finished run's.
+    """What `--checkpoint NAME` means: a .pt file; a run directory (its best model), an HF folder, or the name of one below ./checkpoints.
+
+    ./checkpoints itself (the default) and `best_model.pt` alone mean the newest finished run at or below ./checkpoints, as does any other
+    directory that only holds runs; where none has finished, the newest one.
 
     Raises FileNotFoundError that lists what there is.
     """
@@ -64,6 +66,8 @@ def find_checkpoint(name: str) -> Path:
         if path.is_dir():
             if huggingface.is_folder(path) and not (path / BEST).is_file():
                 return path
+            if path.resolve() != HOME.resolve() and (path / BEST).is_file():
+                return path / BEST
             models = sorted(path.rglob(BEST), key=lambda model: model.stat().st_mtime, reverse=True)
             finished = (model for model in models if _has_finished(model.parent))
             found = next(chain(finished, models, step_checkpoints(path)), None)
@@ -74,9 +78,11 @@ def find_checkpoint(name: str) -> Path:
 
 
 def load_content(name: str) -> tuple[Path, dict]:
-    """What `--checkpoint NAME` means, and its content. Raises FileNotFoundError, ValueError."""
+    """What `--checkpoint NAME` means, told in a line, and its content. Raises FileNotFoundError, ValueError."""
     path = find_checkpoint(name)
-    return path, huggingface.load_folder(path) if path.is_dir() else load_checkpoint(path)
+    content = huggingface.load_folder(path) if path.is_dir() else load_checkpoint(path)
+    notice(f"{path}, step {content['step']}")
+    return path, content
 
 
 def load_model(name: str, device: str = "cpu") -> tuple[GPT, TextTokenizer, Path, dict]:
@@ -85,10 +91,7 @@ def load_model(name: str, device: str = "cpu") -> tuple[GPT, TextTokenizer, Path
     Raises FileNotFoundError, and ValueError where weights and configuration disagree.
     """
     path, content = load_content(name)
-    try:
-        model = GPT(GPTConfig(**content["model_config"]))
-    except TypeError as error:
-        raise ValueError(f"{path}: its configuration is not this program's ({error}); train again") from None
+    model = GPT(GPTConfig(**content["model_config"]))
     load_weights(model, content["model"], str(path))
     return model.to(device).eval(), TextTokenizer(content["tokenizer"], str(path)), path, content
 

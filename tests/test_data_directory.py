@@ -141,8 +141,8 @@ def test_ids_of_gpt2_are_taken_as_gpt2s_in_one_line(tmp_path, real_data, capsys)
     data = DataDirectory(write_bare(tmp_path / "d", 3000, 50_256))
     assert data.tokenizer.vocab_size == 50_257 and data.tokens("val")[-1] == 50_256 and data.splits == ("train", "val")
     (line,) = capsys.readouterr().err.splitlines()
-    taken = "its 50,257 ids or fewer are taken as GPT-2's; put a tokenizer.json there if they are others"
-    assert line == f"{data.name} has no meta.json: {taken}"
+    taken = "its ids fit GPT-2's tokenizer, which is used; if it is wrong, put the right tokenizer.json there"
+    assert line == f"{data.name} has no meta.json; {taken}"
     with pytest.raises(FileNotFoundError, match="name a split that is there"):
         data.tokens("test")
 

@@ -21,6 +21,7 @@ from models import GPT
 from tests.conftest import ROOT, tiny
 from tests.runs import assert_same_run, start, wait_for_lines
 from training import estimates
+from training.processes import Processes
 
 
 def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(tmp_path, small_disk, sample_dir, script):
@@ -214,7 +215,7 @@ def test_too_little_memory_shrinks_the_batch_to_the_largest_that_fits(tmp_path, 
     monkeypatch.setattr("training.estimates.available_memory", lambda device: 0.7e9)
     config = TrainConfig(batch_size=512, gradient_accumulation_steps=2, optimizer="muon")
     shape, machine = GPTConfig.nano(n_layer=2, n_embd=256, vocab_size=512, block_size=128), Machine.choose("cpu", "float32", False, 0)
-    need, batch = estimates.fitting_batch(shape, config, machine, 1)
+    need, batch = estimates.fitting_batch(shape, config, machine, Processes())
     assert need <= 0.7e9 and 1 <= batch < 512 and 1024 % batch == 0
     for larger in (b for b in range(batch + 1, 513) if 1024 % b == 0):
         assert estimates.memory_estimate(GPT(shape), config, torch.float32, larger, "cpu", False) > 0.7e9

@@ -14,6 +14,7 @@ from config import GPTConfig, TrainConfig
 from models import CHUNK, GPT, GPU_CHUNK, NextTokenLoss
 from training.data_order import TrainingData
 from training.learner import passes_of_step
+from training.processes import Processes
 
 # Bytes kept for the backward pass per token and block, in units of n_embd and of the MLP's width: measured (MEASUREMENTS.md).
 # Without compilation qwen3's norms and rotations keep copies in float32; compiled, it needs no more than gpt2.
@@ -61,22 +62,25 @@ def available_memory(device: str) -> float | None:
     return min(limits, default=None)
 
 
-def fitting_batch(model_config: GPTConfig, config: TrainConfig, machine: Machine, processes: int) -> tuple[float, int]:
+def fitting_batch(model_config: GPTConfig, config: TrainConfig, machine: Machine, processes: Processes) -> tuple[float, int]:
     """Bytes at the peak of a training step in each process, and the windows of its forward passes: as configured where the memory
-    allows it, else the most that fit. Raises ValueError if not even a single window fits."""
+    allows it, else the most that fit everywhere. Raises ValueError in all processes if a single window is too much for one."""
     with torch.device("meta"):
         model = GPT(model_config)
-    together = processes if machine.kind == "cpu" else 1
+    together = processes.count if machine.kind == "cpu" else 1
     free = available_memory(machine.device)
-    _, size = passes_of_step(config, processes)
-    while True:
-        need = memory_estimate(model, config, machine.dtype, size, machine.kind, machine.compile)
-        if free is None or need * together <= free:
-            return need, size
-        if size == 1:
-            needs = f"about {need * together / 1e9:.1f} GB even with one window at a time, and {free / 1e9:.1f} GB are free"
-            raise ValueError(f"this training needs {needs}; take a smaller model (--preset nano) or a shorter --block_size")
-        _, size = passes_of_step(config, processes, size - 1)
+
+    def need(size: int) -> float:
+        return memory_estimate(model, config, machine.dtype, size, machine.kind, machine.compile)
+
+    _, size = passes_of_step(config, processes.count)
+    while size and free is not None and need(size) * together > free:
+        size = passes_of_step(config, processes.count, size - 1)[1] if size > 1 else 0
+    size = processes.least(size)
+    if not size:
+        needs = f"about {need(1) * together / 1e9:.1f} GB even with one window at a time, and {(free or 0) / 1e9:.1f} GB are free"
+        raise ValueError(f"this training needs {needs}; take a smaller model (--preset nano) or a shorter --block_size")
+    return need(size), size
 
 
 def seconds_per_step(model: GPT, data: TrainingData, config: TrainConfig, machine: Machine, micro_batch: int) -> float:

@@ -93,9 +93,10 @@ class Learner:
         return skip
 
     def check_finite(self, saving: bool = False, validation_loss: float = 0.0) -> bool:
-        """Whether the weights are beyond doubt: the last step was not skipped, or only for float16's loss scale.
+        """Whether the weights are beyond doubt: the last step was not skipped (with float16, a skipped step only lowers the loss scale).
 
-        Raises FloatingPointError after several skipped steps in a row, before weights in doubt are saved, for a loss that isn't finite.
+        Raises FloatingPointError after several skipped steps in a row, before weights in doubt are saved, or for a validation loss that
+        isn't finite.
         """
         in_a_row, new = map(int, self.skipped.tolist())
         self.skipped[1] = 0
@@ -103,18 +104,18 @@ class Learner:
         fp16 = self.scaler.is_enabled()
         sound = fp16 or not in_a_row
         if not math.isfinite(validation_loss):
-            raise FloatingPointError(f"the validation loss is {validation_loss}: steps up to {self.progress.step} {self._trouble()}")
+            raise FloatingPointError(f"the validation loss is {validation_loss} at {self._last_step()}")
         if in_a_row >= (SKIPS_IN_A_ROW_FP16 if fp16 else SKIPS_IN_A_ROW) or (saving and not sound):
-            raise FloatingPointError(f"{in_a_row} steps in a row {self._trouble()}")
+            raise FloatingPointError(f"{in_a_row} steps in a row had no finite loss and gradient, the last at {self._last_step()}")
         if new:
             tqdm.write(f"step {self.progress.step:>6,}  skipped {new} without a finite loss and gradient", file=sys.stderr)
         return sound
 
-    def _trouble(self) -> str:
+    def _last_step(self) -> str:
         rates = ", ".join(f"{optimizer.param_groups[0]['lr']:.3g} ({type(optimizer).__name__})" for optimizer in self.optimizers)
         scale = f", loss scale {self.scaler.get_scale():g}" if self.scaler.is_enabled() else ""
         values = f"loss {self.last.loss.item():.4g}, gradient norm {self.last.norm.item():.4g}, " if self.last else ""
-        return f"had no finite loss and gradient, the last at step {self.progress.step} ({values}learning rates {rates}{scale})"
+        return f"step {self.progress.step} ({values}learning rates {rates}{scale})"
 
     def environment(self) -> dict[str, str]:
         """What else decides the last bits of the weights."""

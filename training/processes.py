@@ -58,6 +58,14 @@ class Processes:
         dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.control)
         return bool(flags.item())
 
+    def least(self, value: int) -> int:
+        """The smallest of the processes' values. All must ask."""
+        if self.count == 1:
+            return value
+        values = torch.tensor(value)
+        dist.all_reduce(values, op=dist.ReduceOp.MIN, group=self.control)
+        return int(values.item())
+
     def wait(self) -> None:
         """Until all processes are here."""
         if self.count > 1:

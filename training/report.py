@@ -47,7 +47,7 @@ def announce(start: Start, model: GPT, validation: Validation, machine: Machine,
     if micro_batch < config.batch_size // (1 if config.gradient_accumulation_steps % processes == 0 else processes):
         passes = f"{micro_batch} windows at a time, {config.windows_per_step // processes // micro_batch} passes a step"
         stays = f"the effective batch stays {config.windows_per_step}"
-        notice(f"           too little is free for --batch_size {config.batch_size}: {passes}; {stays}")
+        notice(f"           too little memory is free for --batch_size {config.batch_size}: {passes}; {stays}")
     seconds = (config.max_steps - done) * seconds_per_step(model, data, config, machine, micro_batch) / processes
     notice(f"time       about {duration(seconds)} for {config.max_steps - done:,} steps at the speed just measured, plus evaluations")
     if machine.kind == "cpu" and seconds > LONG_ON_CPU:

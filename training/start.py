@@ -22,12 +22,12 @@ from formats.run_directory import BEST, HOME, is_finished, is_occupied, load_con
 from formats.tokenizer import KINDS, TextTokenizer, gpt2_tokenizer, load_tokenizer
 from training.data_order import TrainingData
 
-# What may differ from the run that is resumed; anything else would make it another run. Whether the data is the same tells its hash.
+# What may differ from the run that is resumed; anything else would make it another run. The data is compared by its hash.
 CHANGEABLE = {"data_dir", "out_dir", "max_steps", "epochs", "max_tokens", "patience", "warmup_steps", "learning_rate", "muon_learning_rate"}
 CHANGEABLE |= {"eval_interval", "eval_tokens", "checkpoint_interval", "keep_checkpoints", "log_interval", "sample_tokens", "sample_prompt"}
 CHANGEABLE |= {"tensorboard", "device", "dtype", "compile"}
 OF_THIS_RUN = {"dropout", "flash", "block_size"}  # what may differ from the shape of the model of --init_from
-PLACES = {"data_dir", "out_dir"}  # no part of what a run is
+PLACES = {"data_dir", "out_dir"}  # where a run lives, not what it is
 LENGTHS = ("max_steps", "epochs", "max_tokens")
 
 HUB_NAMES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium")}
@@ -105,13 +105,14 @@ def read_arguments(argv: list[str] | None, doc: str | None) -> tuple[Arguments, 
     return args, asked | flags
 
 
-def run_directory(args: Arguments) -> Path:
-    """Where the run lives: as asked, beside the checkpoint to resume, or below ./checkpoints by the name of its data."""
-    if args.train.out_dir is not None:
-        return Path(args.train.out_dir)
-    if args.resume not in (None, "auto"):
+def run_directory(args: Arguments, asked: dict[str, object]) -> Path:
+    """Where the run lives: where a flag says, beside the checkpoint to resume, where config.py says, or below ./checkpoints by the name
+    of its data."""
+    if args.resume not in (None, "auto") and "out_dir" not in asked:
         path = Path(args.resume)
         return path.parent if path.suffix == ".pt" else path
+    if args.train.out_dir is not None:
+        return Path(args.train.out_dir)
     if args.dataset is not None:
         return HOME / Path(args.dataset).stem
     directories = [Path(parse_weighted(text)[0]) for text in args.train.data_dir]
@@ -129,8 +130,9 @@ def resolve(args: Arguments, asked: dict, vocab_size: int, resumed: dict | None,
     if resumed is not None:
         owner, places = "the run to resume", {name: getattr(args.train, name) for name in PLACES}
         asked = {name: value for name, value in asked.items() if name != "vocab_size"} | places
-        model = replace_fields(GPTConfig(**resumed["model_config"]), asked, CHANGEABLE, owner)
-        return model, replace_fields(TrainConfig(**resumed["train_config"]), asked, CHANGEABLE, owner)
+        another = ", or start in another --out_dir"
+        model = replace_fields(GPTConfig(**resumed["model_config"]), asked, CHANGEABLE, owner, another)
+        return model, replace_fields(TrainConfig(**resumed["train_config"]), asked, CHANGEABLE, owner, another)
     if source is not None:
         name, shape = source["origin"]["name"], source["model_config"]
         if asked.get("block_size", 0) > shape["block_size"]:
@@ -171,15 +173,20 @@ def fix_length(config: TrainConfig, keep_warmup: bool, data: TrainingData) -> Tr
 
 
 def read_source(name: str) -> dict:
-    """The model that `--init_from NAME` means, as the content of a checkpoint with an `origin`: its name and a hash of its weights.
+    """The model that `--init_from NAME` means, as the content of a checkpoint with an `origin`, its name and a hash of its
+    weights, and the `folder` that holds its tokenizer.
 
     NAME is whatever --checkpoint takes, or gpt2, gpt2-medium from the Hugging Face hub. Raises FileNotFoundError, ValueError.
     """
-    content = huggingface.load_folder(download(name)) if name in HUB_NAMES and not Path(name).exists() else load_content(name)[1]
+    if name in HUB_NAMES and not Path(name).exists():
+        content, folder = huggingface.load_folder(download(name)), name
+    else:
+        path, content = load_content(name)
+        folder = path if path.is_dir() else path.parent
     digest = hashlib.sha256()
     for key, weight in sorted(content["model"].items()):
         digest.update(key.encode() + weight.contiguous().numpy().tobytes())
-    return content | {"origin": {"name": name, "sha256": digest.hexdigest()}}
+    return content | {"origin": {"name": name, "sha256": digest.hexdigest()}, "folder": str(folder)}
 
 
 def download(name: str) -> Path:
@@ -263,8 +270,7 @@ def make_start(
     first = directories[0]
     if source is not None:  # else the data's ids would mean nothing to the model
         name = source["origin"]["name"]
-        folder = Path(name).parent if name.endswith(".pt") else name
-        first.check_tokenizer(TextTokenizer(source["tokenizer"], name), name, folder)
+        first.check_tokenizer(TextTokenizer(source["tokenizer"], name), name, source["folder"])
     model_config, config = resolve(args, asked, first.tokenizer.vocab_size, resumed and resumed[1], source)
     data = TrainingData(directories, weights, model_config.block_size, config.seed)
     config = fix_length(config, "warmup_steps" in asked or resumed is not None, data)
@@ -278,7 +284,7 @@ def make_start(
     also = [DataDirectory(name, first.tokenizer) for name in args.also_eval]
     for directory in also:
         directory.check_tokenizer(first.tokenizer, first.name, first.name, "--also_eval ")
-    return Start(run_directory(args), model_config, config, directories, also, data, resumed, source)
+    return Start(run_directory(args, asked), model_config, config, directories, also, data, resumed, source)
 
 
 def open_directories(names: tuple[str, ...], tokenizer_name: str | None) -> tuple[list[DataDirectory], list[Fraction | None]]:
