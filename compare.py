@@ -99,12 +99,12 @@ def verdict(difference: float, error: float) -> str:
 def main(argv: list[str] | None = None) -> int:
     args = read_command_line(Arguments, argv, __doc__)
     device, results = choose_device(args.device), {}
+    directories = [DataDirectory(name) for name in args.data_dir]
     models = {run: find_checkpoint(run) for run in args.runs}
     same = [run for run in args.runs if list(models.values()).count(models[run]) > 1]
     if same:
         raise ValueError(f"{' and '.join(same)} mean the same model, {models[same[0]]}; name each run by its own directory")
-    for name in args.data_dir:
-        data = DataDirectory(name)
+    for name, data in zip(args.data_dir, directories):
         split = args.split or ("val" if "val" in data.splits and "test" not in data.splits else "test")
         if args.split is None and split == "val":
             notice(f"{name} has no test split; its val split is read")

@@ -170,7 +170,7 @@ class DataDirectory:
             )
         tokenizer = gpt2_tokenizer()
         notice(
-            f"{self.name} has no {META}; its ids fit GPT-2's tokenizer, which is used; if that is wrong, put the right tokenizer.json there"
+            f"{self.name} has no {META}; its ids fit GPT-2's tokenizer, which is used; if it is wrong, put the right tokenizer.json there"
         )
         return tokenizer
 

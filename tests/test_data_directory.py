@@ -161,13 +161,13 @@ def test_a_directory_with_meta_pkl_needs_a_tokenizer(tmp_path):
         DataDirectory(directory)
 
 
-def test_a_given_tokenizer_wins_over_the_directorys_own_and_that_over_gpt2s(tmp_path, capsys):
+def test_the_directorys_own_tokenizer_wins_over_a_given_one_and_that_over_gpt2s(tmp_path, capsys):
     directory = write_bare(tmp_path / "d", 200, 200)
-    (directory / "tokenizer.json").write_text(BYTE.json, encoding="utf-8")
     (directory / "meta.pkl").write_bytes(b"never read")
-    assert DataDirectory(directory).tokenizer.sha256 == BYTE.sha256
     other = train_bpe(["abc"], 260)
     assert DataDirectory(directory, other).tokenizer is other and len(DataDirectory(directory, other).tokens("train")) == 101
+    (directory / "tokenizer.json").write_text(BYTE.json, encoding="utf-8")
+    assert DataDirectory(directory).tokenizer.sha256 == DataDirectory(directory, other).tokenizer.sha256 == BYTE.sha256
     np.arange(2000, dtype=np.uint16).tofile(directory / "train.bin")
     with pytest.raises(ValueError, match="holds token id 1999, but its tokenizer has only 257 ids"):
         DataDirectory(directory).tokens("train")

@@ -74,7 +74,7 @@ def test_a_text_in_one_go_and_a_bare_name_for_its_model(tmp_path, script):
         assert process.stdout.startswith("Once upon a time") and "checkpoints/dataset/best_model.pt" in process.stderr
 
 
-def test_no_name_means_the_newest_finished_run(tmp_path, trained_run, monkeypatch):
+def test_no_name_means_the_newest_finished_run(tmp_path, trained_run, sample_dir, monkeypatch):
     """Two finished runs and a newer one that was stopped: the newest finished one is taken."""
     monkeypatch.chdir(tmp_path)
     for i, name in enumerate((".", "stories", "begun")):
@@ -84,6 +84,8 @@ def test_no_name_means_the_newest_finished_run(tmp_path, trained_run, monkeypatc
     (tmp_path / "checkpoints" / "begun" / "step_00000030.pt").unlink()  # its newest checkpoint stands at step 20 of 30
     assert str(load_model("./checkpoints")[2]) == str(load_model("best_model.pt")[2]) == "checkpoints/stories/best_model.pt"
     assert str(load_model("begun")[2]) == "checkpoints/begun/best_model.pt"
+    with pytest.raises(ValueError, match=r"checkpoints and checkpoints/stories mean the same model, checkpoints/stories/best_model\.pt"):
+        compare.main(["checkpoints", "checkpoints/stories", "--data_dir", str(sample_dir)])
     for name in (".", "stories"):
         (tmp_path / "checkpoints" / name / "best_model.pt").unlink()
     assert str(load_model("./checkpoints")[2]) == "checkpoints/begun/best_model.pt"  # better than nothing

@@ -88,6 +88,24 @@ utils.run_script(train.main)
     assert process.returncode != 0 and "another process of this run has ended" in stderr, stderr
 
 
+def test_processes_that_see_different_memory_agree_on_the_batch(tmp_path, sample_dir):
+    """Rank 1 has room for 2 windows at a time only: both take 2, and the run comes to its end."""
+    (tmp_path / "short.py").write_text(
+        f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train, utils
+from training import estimates
+estimates.available_memory = lambda device: 10e9
+estimates.memory_estimate = lambda model, config, dtype, size, *rest: 6e9 if os.environ["RANK"] == "1" and size > 2 else 1e9
+utils.run_script(train.main)
+"""
+    )
+    process = torchrun(2, tmp_path / "short.py", *tiny(data_dir=sample_dir, out_dir=tmp_path / "run", max_steps=3))
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0 and "2 windows at a time" in stderr, stderr
+
+
 def wait_for(condition) -> None:
     deadline = time.time() + 120
     while not condition():

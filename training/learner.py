@@ -104,7 +104,7 @@ class Learner:
         fp16 = self.scaler.is_enabled()
         sound = fp16 or not in_a_row
         if not math.isfinite(validation_loss):
-            raise FloatingPointError(f"the validation loss is {validation_loss} at {self._last_step()}")
+            raise FloatingPointError(f"no finite loss in validation but {validation_loss}, at {self._last_step()}")
         if in_a_row >= (SKIPS_IN_A_ROW_FP16 if fp16 else SKIPS_IN_A_ROW) or (saving and not sound):
             raise FloatingPointError(f"{in_a_row} steps in a row had no finite loss and gradient, the last at {self._last_step()}")
         if new:
