@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from config import GPTConfig
 
+PREVIOUS_TOKEN_BLOCKS = 2  # so many first blocks of a new qwen3 have a head that starts as a previous-token head
 IGNORE = -1  # a target with this value adds nothing to the loss
 
 
@@ -154,13 +155,40 @@ class GPT(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """GPT-2's initialisation: N(0, 0.02), residual projections scaled by 1/sqrt(2 n_layer), biases 0, norms 1."""
+        """GPT-2's initialisation: N(0, 0.02), residual projections scaled by 1/sqrt(2 n_layer), biases 0, norms 1.
+
+        In qwen3 the first head of the first blocks starts as a previous-token head.
+        """
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 scale = math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 1.0
                 nn.init.normal_(parameter, std=0.02 / scale)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
+        if self.config.arch == "qwen3":
+            self.start_previous_token_heads()
+
+    @torch.no_grad()
+    def start_previous_token_heads(self) -> None:
+        """Let head 0 of the first blocks attend to the token before, at the start of training; it is free to learn something else.
+
+        Such heads are what induction heads build on, which copy what followed a token earlier (Olsson et al. 2022, "In-context Learning
+        and Induction Heads"); from random weights they take hundreds of steps to appear. Weights that begin near what training finds
+        are Trockman and Kolter's idea (2023, "Mimetic Initialization of Self-Attention Layers"). How many and how sharp: MEASUREMENTS.md.
+
+        Every embedding gets the same small constant, the only thing that this head's queries and keys see. Rotated to their positions,
+        their product at a distance of d tokens is the sum of cos(f (d - 1)) over the fastest frequencies f, and largest at d = 1.
+        """
+        config, D = self.config, self.config.head_dim
+        self.wte.weight += 0.02
+        frequencies = config.theta ** -(torch.arange(0, D, 2) / D)  # (D/2,)
+        fast = (torch.arange(D // 2) < max(1, D // 8)).float()
+        key = torch.cat((fast, torch.zeros_like(fast)))
+        query = torch.cat((fast * frequencies.cos(), -fast * frequencies.sin()))  # the key one position back
+        for block in self.h[:PREVIOUS_TOKEN_BLOCKS]:
+            rows = block.attn.c_attn.weight
+            rows[:D] = 0.02 * query[:, None]
+            rows[config.n_embd : config.n_embd + D] = 0.02 * key[:, None]
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, kv_cache: KVCache | None = None) -> tuple[Tensor, Tensor | None]:
         """Predict the next token at every position.

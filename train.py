@@ -29,8 +29,9 @@ from models import GPT
 from training.data_order import Batches
 from training.estimates import fitting_batch
 from training.learner import Learner
+from training.pace import duration, make_objective
 from training.processes import Processes
-from training.report import StepLog, announce, duration, open_log, plot_losses
+from training.report import StepLog, announce, open_log, plot_losses
 from training.start import Arguments, Start, make_start, open_directories, read_arguments, read_source, run_directory
 from training.step import training_step
 from training.validation import Validation
@@ -112,9 +113,7 @@ def save(start: Start, learner: Learner, log: MetricsLog | None) -> None:
 def set_up(start: Start, device: str, processes: Processes) -> tuple[Learner, Validation]:
     """The network on its device with all that trains it, announced. Raises ValueError if it can't run here."""
     config = start.config
-    with torch.device("meta"):
-        flops = GPT(start.model_config).flops_per_token() * config.max_steps * config.windows_per_step * start.data.block_size
-    machine = Machine.choose(device, config.dtype, config.compile, flops)
+    machine = Machine.choose(device, config.dtype, start.compile(device))
     memory, micro_batch = fitting_batch(start.model_config, config, machine, processes)
     validation = Validation(start.directories[0], start.also, config)
     torch.manual_seed(config.seed)
@@ -126,7 +125,8 @@ def set_up(start: Start, device: str, processes: Processes) -> tuple[Learner, Va
             weights["wpe.weight"] = weights["wpe.weight"][: model.config.block_size]
         load_weights(model, weights, start.source["origin"]["name"])
     announce(start, model, validation, machine, processes.count, memory, micro_batch)
-    learner = Learner(model, config, machine, processes, micro_batch)
+    objective, machine = make_objective(start, model, machine, micro_batch, processes)
+    learner = Learner(objective, config, machine, processes, micro_batch)
     processes.wait()  # until all have read what rank 0 is going to change
     if start.resumed is not None:
         path, content = start.resumed

@@ -326,11 +326,8 @@ def choose_precision(device: str, requested: str):
     return torch.float32, f"the safe choice on {kind}"
 
 
-COMPILE_PAYS_FLOPS = 2e14  # about half an hour of training on two CPU cores; compiling takes about a minute there
-
-
-def choose_compile(device: str, requested: bool | str, run_flops: float) -> tuple[bool, str]:
-    """Whether to use torch.compile, and why. Without a C++ compiler a CPU runs eagerly and says so."""
+def choose_compile(device: str, requested: bool | str) -> tuple[bool | None, str]:
+    """Whether to use torch.compile, and why; None where that is to be measured. Without a C++ compiler a CPU runs eagerly and says so."""
     kind = device.partition(":")[0]
     if kind == "cpu" and requested is not False and not any(map(shutil.which, (os.environ.get("CXX") or "g++", "g++", "clang++"))):
         return False, "no C++ compiler found"
@@ -340,25 +337,27 @@ def choose_compile(device: str, requested: bool | str, run_flops: float) -> tupl
         from torch.utils._triton import has_triton
 
         return (True, "it pays on a GPU") if has_triton() else (False, "this GPU or machine has no Triton")
-    if kind == "cpu" and run_flops >= COMPILE_PAYS_FLOPS:
-        return True, "a run of this length wins the compilation's time back"
-    return False, "it would not pay in this run"
+    return (None, "to be measured") if kind == "cpu" else (False, f"untried on {kind}")
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where and how a run computes, decided once, with reasons for people. dtype: torch's, of forward and backward passes."""
+    """Where and how a run computes, decided once, with reasons for people.
+
+    dtype: torch's, of forward and backward passes; compile: None as long as it is to be measured; compile_seconds: what it took.
+    """
 
     device: str
     dtype: typing.Any
     dtype_reason: str
-    compile: bool
+    compile: bool | None
     compile_reason: str
+    compile_seconds: float = 0.0
 
     @classmethod
-    def choose(cls, device: str, dtype: str, compile: bool | str, run_flops: float) -> "Machine":
-        """device: as choose_device gave it. run_flops: floating-point operations of the whole run. Raises ValueError."""
-        return cls(device, *choose_precision(device, dtype), *choose_compile(device, compile, run_flops))
+    def choose(cls, device: str, dtype: str, compile: bool | str) -> "Machine":
+        """device: as choose_device gave it. Raises ValueError."""
+        return cls(device, *choose_precision(device, dtype), *choose_compile(device, compile))
 
     @property
     def kind(self) -> str:

@@ -107,7 +107,7 @@ def print_matrix_rate(device: str) -> float:
     import torch
     from torch.utils.benchmark import Timer
 
-    machine = Machine.choose(device, "auto", False, 0)
+    machine = Machine.choose(device, "auto", False)
     x, weight = (torch.randn(rows, 384, device=device, dtype=machine.dtype) for rows in (2048, 1536))
     product = {"linear": torch.nn.functional.linear, "x": x, "weight": weight}
     timer = Timer("linear(x, weight)", globals=product, num_threads=torch.get_num_threads())

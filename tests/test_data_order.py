@@ -26,6 +26,12 @@ def test_an_epoch_has_each_window_once_and_no_token_twice_as_target(n_tokens, bl
     assert n_tokens - len(targets) <= 2 * block_size  # what an epoch leaves out
 
 
+def test_each_epoch_begins_at_an_offset_of_its_own():
+    """So that a token isn't always the first of its window, without anything before it."""
+    offsets = [set(epoch_starts(5, 0, epoch, 1000, 16) % 16) for epoch in range(300)]
+    assert all(len(offset) == 1 for offset in offsets) and set.union(*offsets) == set(range(16))
+
+
 def make_data(tmp_path, lengths, weights=None, block_size=4, seed=7) -> TrainingData:
     directories = []
     for number, length in enumerate(lengths):

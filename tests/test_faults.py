@@ -214,7 +214,7 @@ def test_too_little_memory_shrinks_the_batch_to_the_largest_that_fits(tmp_path, 
     """At the same effective batch; refused only if a single window doesn't fit."""
     monkeypatch.setattr("training.estimates.available_memory", lambda device: 0.7e9)
     config = TrainConfig(batch_size=512, gradient_accumulation_steps=2, optimizer="muon")
-    shape, machine = GPTConfig.nano(n_layer=2, n_embd=256, vocab_size=512, block_size=128), Machine.choose("cpu", "float32", False, 0)
+    shape, machine = GPTConfig.nano(n_layer=2, n_embd=256, vocab_size=512, block_size=128), Machine.choose("cpu", "float32", False)
     need, batch = estimates.fitting_batch(shape, config, machine, Processes())
     assert need <= 0.7e9 and 1 <= batch < 512 and 1024 % batch == 0
     for larger in (b for b in range(batch + 1, 513) if 1024 % b == 0):
@@ -233,7 +233,7 @@ def test_running_out_of_memory_is_one_sentence(tmp_path, sample_dir, mistake, mo
     def fail(*args):
         raise error
 
-    for place in ("training.report.seconds_per_step", "train.training_step"):
+    for place in ("training.pace.seconds_per_step", "train.training_step"):
         with monkeypatch.context() as patch:
             patch.setattr(place, fail)
             message = mistake("train.py", *tiny(data_dir=sample_dir, out_dir=tmp_path / place, batch_size=6), cwd=tmp_path)

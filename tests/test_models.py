@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import models
 from config import GPTConfig
@@ -43,6 +44,38 @@ def test_logits_equal_those_of_transformers(family):
     with torch.inference_mode():
         difference = (model(x)[0] - reference(x).logits).abs().max().item()
     assert difference < 2e-5
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
+def test_initial_weights_have_the_stated_spread(arch):
+    """N(0, 0.02); what each block adds to the residual stream is scaled down by the square root of their number (Radford et al. 2019)."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=64, vocab_size=500, n_layer=8, n_head=4, n_embd=128, arch=arch))
+    for name, weight in model.named_parameters():
+        if weight.dim() == 2:
+            expected = 0.02 / 4 if name.endswith("c_proj.weight") else 0.02  # 4 = sqrt(2 * 8)
+            usual = weight[-128:] if name.endswith("c_attn.weight") else weight  # values: some heads start in a way of their own
+            assert usual.std().item() == pytest.approx(expected, rel=0.05), name
+        else:
+            assert torch.equal(weight, torch.zeros_like(weight) if name.endswith("bias") else torch.ones_like(weight)), name
+
+
+@pytest.mark.parametrize("shape", ["nano", "mini"])
+@pytest.mark.parametrize("n_kv_head", [None, 1])
+def test_the_first_head_of_the_first_blocks_starts_looking_at_the_token_before(shape, n_kv_head):
+    """Attention probabilities by hand, at the start of training and with random tokens; the second head spreads its attention."""
+    torch.manual_seed(0)
+    model = GPT(getattr(GPTConfig, shape)(n_kv_head=n_kv_head, n_layer=3, block_size=64, vocab_size=500))
+    x, rotary = model.wte(ids(4, 64, vocab=500)), models.rotary_angles(torch.arange(64), model.config)
+    for number, block in enumerate(model.h):
+        attention, D = block.attn, model.config.head_dim
+        q, k, _ = attention.c_attn(block.ln_1(x)).split([h * D for h in attention.heads], dim=2)
+        q, k = (norm(t.view(4, 64, -1, D)).transpose(1, 2) for norm, t in ((attention.q_norm, q), (attention.k_norm, k)))
+        scores = models.rotate(q, *rotary) @ models.rotate(k, *rotary).transpose(-2, -1) / math.sqrt(D)
+        mask = torch.ones(64, 64, dtype=torch.bool).tril()
+        to_previous = scores.masked_fill(~mask, -torch.inf).softmax(-1).diagonal(-1, dim1=-2, dim2=-1)[..., 8:].mean((0, 2))  # by head
+        assert (to_previous[0] > 0.4) == (number < models.PREVIOUS_TOKEN_BLOCKS) and to_previous[1] < 0.1
+        x = block(x, rotary, number, None)
 
 
 @pytest.mark.parametrize("depth", [2, pytest.param(None, marks=pytest.mark.slow, id="full")])
@@ -182,9 +215,26 @@ class TestSampling:
         expected = torch.where(torch.arange(5) < kept, self.probabilities, 0.0)
         torch.testing.assert_close(self.frequencies(**options), expected / expected.sum(), atol=0.03, rtol=0)
 
+    def test_top_p_keeps_the_fewest_that_reach_p(self):
+        """Four equal probabilities are exact in binary, so two of them reach a half."""
+        for top_p, kept in ((0.25, 1), (0.5, 2), (0.51, 3), (1.0, 4)):
+            drawn = sample_token(torch.zeros(200, 4), top_p=top_p, generator=torch.Generator().manual_seed(0))
+            assert len(drawn.unique()) == kept
+
     def test_ties_do_not_let_more_than_k_through(self):
         drawn = sample_token(torch.zeros(500, 5), top_k=2, generator=torch.Generator().manual_seed(0))
         assert len(drawn.unique()) == 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flops_per_token_are_those_that_torch_counts(family):
+    """Of a training step with whole attention matrices, its output layer included and its table of tokens only looked up."""
+    model = make(family, flash=False, n_embd=64, n_hidden=192).train()
+    rows = ids(2, 25)
+    with FlopCounterMode(display=False) as counter:
+        _, loss = model(rows[:, :-1], rows[:, 1:])
+        loss.backward()
+    assert model.flops_per_token() == pytest.approx(counter.get_total_flops() / (2 * 24), rel=0.02)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -12,11 +12,13 @@ from utils import Machine
 import pytest
 import torch
 
+import train
+import training.validation
 from config import GPTConfig, TrainConfig
 from formats.checkpoint import load_checkpoint
 from formats.data_directory import DataDirectory
 from formats.run_directory import newest_checkpoint, step_checkpoints, step_path
-from models import GPT
+from models import GPT, NextTokenLoss
 from preparation.tokenizer_kinds import train_bpe
 from tests.conftest import ROOT, tiny
 from tests.runs import assert_same_run, lines, start, wait_for_lines
@@ -46,6 +48,18 @@ def test_a_run_leaves_what_the_contract_says(trained_run):
     assert "resume" not in best and step["resume"]["samples_seen"] == 30 * 8
     assert all(torch.equal(best["model"][k], step["model"][k]) for k in step["model"])
     assert not any(name.endswith(".tmp") for name in os.listdir(trained_run))
+
+
+def test_the_best_model_is_the_one_of_the_lowest_loss(tmp_path, sample_dir, monkeypatch):
+    """However small the difference; an equal or worse one never takes its place."""
+    losses = iter([3.0, 2.0, 2.0 + 1e-9, 2.0 - 1e-9, 2.0, 5.0])
+    original = training.validation.summarize
+    monkeypatch.setattr("training.validation.summarize", lambda *args: original(*args) | {"loss": next(losses)})
+    seen = []
+    for step in range(1, 7):
+        train.main(tiny(data_dir=sample_dir, out_dir=tmp_path / "run", max_steps=step, eval_interval=1, resume="auto"))
+        seen.append(load_checkpoint(tmp_path / "run" / "best_model.pt")["step"])
+    assert seen == [1, 2, 2, 4, 4, 4]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -104,9 +118,9 @@ def learner_of(sample_dir, **values) -> tuple[Learner, Batches]:
     """A small gpt2 with all that trains it in float32, and its data."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=32, vocab_size=512, n_layer=2, n_head=2, n_embd=32))
-    machine = Machine.choose("cpu", "float32", False, 0)
+    machine = Machine.choose("cpu", "float32", False)
     data = TrainingData([DataDirectory(sample_dir)], [None], 32, seed=1)
-    return Learner(model, TrainConfig(**values), machine, Processes()), Batches(data, "cpu")
+    return Learner(NextTokenLoss(model), TrainConfig(**values), machine, Processes()), Batches(data, "cpu")
 
 
 def gradient_of_a_step(sample_dir, batch_size: int, accumulation: int, micro_batch: int | None = None) -> torch.Tensor:
@@ -245,7 +259,7 @@ def poisoned(monkeypatch):
             return (loss * float("nan"), accuracy) if len(calls) - 1 in steps else (loss, accuracy)
 
         monkeypatch.setattr(models.NextTokenLoss, "forward", forward)
-        monkeypatch.setattr("training.report.seconds_per_step", lambda *args: 0.0)
+        monkeypatch.setattr("training.pace.seconds_per_step", lambda *args: (0.0, 0.0))
 
     return prepare
 
@@ -456,13 +470,6 @@ def test_tensorboard_holds_what_metrics_holds(tmp_path, sample_dir, script):
     losses = [line["loss"] for line in lines(tmp_path / "run") if "loss" in line]
     assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses)
     assert [event.step for event in events.Scalars("validation/loss")] == [2, 4]
-
-
-def test_compile(tmp_path, sample_dir, script):
-    """Compiled training runs, says so, and saves the raw module's names."""
-    process = script("train.py", *tiny(data_dir=sample_dir, max_steps=3, out_dir=tmp_path / "run"), "--compile")
-    assert "compile True" in process.stderr
-    assert not any(name.startswith("_orig_mod") for name in load_checkpoint(tmp_path / "run" / "best_model.pt")["model"])
 
 
 @pytest.mark.parametrize(

@@ -95,13 +95,13 @@ def test_precision_is_decided_with_a_reason(monkeypatch):
 
 def test_compile_is_decided_with_a_reason(monkeypatch):
     monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)
-    assert utils.choose_compile("cuda", "auto", 1e9)[0] and not utils.choose_compile("mps", "auto", 1e18)[0]
+    assert utils.choose_compile("cuda", "auto")[0] is True and utils.choose_compile("mps", "auto")[0] is False
     monkeypatch.setattr("torch.utils._triton.has_triton", lambda: False)
-    assert not utils.choose_compile("cuda", "auto", 1e9)[0]
+    assert utils.choose_compile("cuda", "auto")[0] is False
     monkeypatch.setattr(utils.shutil, "which", lambda name: "/usr/bin/" + name)
-    assert not utils.choose_compile("cpu", "auto", 1e12)[0] and utils.choose_compile("cpu", "auto", 1e16)[0]
+    assert utils.choose_compile("cpu", "auto")[0] is None  # to be measured
     monkeypatch.setattr(utils.shutil, "which", lambda name: None)
-    assert utils.choose_compile("cpu", True, 1e16) == (False, "no C++ compiler found")
+    assert utils.choose_compile("cpu", True) == (False, "no C++ compiler found")
 
 
 def test_a_device_that_is_not_there_is_refused():

@@ -1,18 +1,14 @@
-"""What a training will cost: memory and time, estimated before it starts."""
+"""What memory a training will need, estimated before it starts; what a GPU could compute."""
 
 import contextlib
-import statistics
-import time
 from pathlib import Path
 
 from utils import Machine
 
-import numpy as np
 import torch
 
 from config import GPTConfig, TrainConfig
-from models import CHUNK, GPT, GPU_CHUNK, NextTokenLoss
-from training.data_order import TrainingData
+from models import CHUNK, GPT, GPU_CHUNK
 from training.learner import passes_of_step
 from training.processes import Processes
 
@@ -81,23 +77,3 @@ def fitting_batch(model_config: GPTConfig, config: TrainConfig, machine: Machine
         needs = f"about {need(1) * together / 1e9:.1f} GB even with one window at a time, and {(free or 0) / 1e9:.1f} GB are free"
         raise ValueError(f"this training needs {needs}; take a smaller model (--preset nano) or a shorter --block_size")
     return need(size), size
-
-
-def seconds_per_step(model: GPT, data: TrainingData, config: TrainConfig, machine: Machine, micro_batch: int) -> float:
-    """Seconds of an optimizer step without compilation: forward and backward passes over at most 4,096 tokens, scaled to the batch.
-
-    The median of up to five passes, but no more than fit into two seconds, after one to warm up. Weights stay as they are.
-    """
-    rows = min(micro_batch, max(1, 4096 // model.config.block_size))
-    batch = torch.from_numpy(data.batch(np.arange(rows)).astype("int64")).to(machine.device)
-    objective, times = NextTokenLoss(model), []
-    while len(times) < 2 or (len(times) < 6 and sum(times) < 2):
-        started = time.perf_counter()
-        with machine.autocast():
-            loss, _ = objective(batch)
-        loss.backward()
-        model.zero_grad(set_to_none=True)
-        if machine.kind == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[1:]) / rows * config.windows_per_step

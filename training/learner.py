@@ -59,20 +59,20 @@ def passes_of_step(config: TrainConfig, processes: int, micro_batch: int | None 
 class Learner:
     """The network, its optimizers, loss scaler, running mean of weights (ema) and progress.
 
-    objective: the training loss as a module, compiled and averaged over processes where that is decided; micro_steps, micro_batch:
+    objective: the training loss as a module, its gradients averaged over processes; micro_steps, micro_batch:
     forward passes of a step in this process, and windows in each; last: the newest step's result.
     """
 
-    def __init__(self, model: GPT, config: TrainConfig, machine: Machine, processes: Processes, micro_batch: int | None = None):
+    def __init__(
+        self, objective: NextTokenLoss, config: TrainConfig, machine: Machine, processes: Processes, micro_batch: int | None = None
+    ):
+        model = objective.model
         self.model, self.config, self.machine, self.processes = model, config, machine, processes
         self.micro_steps, self.micro_batch = passes_of_step(config, processes.count, micro_batch)
         self.optimizers = make_optimizers(model, config, machine.dtype)
         self.scaler = torch.amp.GradScaler(machine.kind, enabled=machine.dtype == torch.float16)
         self.ema = copy.deepcopy(model).requires_grad_(False) if config.ema_decay else None
-        self.objective: torch.nn.Module = NextTokenLoss(model)
-        if machine.compile:
-            self.objective.compile(dynamic=False)
-        self.objective = processes.wrap(self.objective, machine.device)
+        self.objective: torch.nn.Module = processes.wrap(objective, machine.device)
         self.progress = Progress()
         self.last: StepResult | None = None
         self.skipped = torch.zeros(2, device=machine.device)  # steps skipped in a row, and in all since the last look

@@ -10,24 +10,17 @@ from tqdm import tqdm
 from formats.metrics import METRICS, MetricsLog, read_metrics
 from formats.run_directory import check_branch, clear_run
 from models import GPT
-from training.estimates import peak_flops, seconds_per_step
+from training.estimates import peak_flops
 from training.learner import Learner
 from training.optimizers import lr_factor
 from training.start import Start
 from training.validation import Validation
 
-LONG_ON_CPU = 6 * 3600  # seconds
-
-
-def duration(seconds: float) -> str:
-    units = {"days": 86400, "hours": 3600, "minutes": 60}
-    return next((f"{seconds / size:.1f} {unit}" for unit, size in units.items() if seconds >= 1.5 * size), f"{seconds:.0f} seconds")
-
 
 def announce(start: Start, model: GPT, validation: Validation, machine: Machine, processes: int, memory: float, micro_batch: int) -> None:
-    """Print what is about to happen: size, data, length, precision, memory and an honest estimate of the time."""
+    """Print what is about to happen: size, data, length, precision and memory; `pace` adds the time."""
     shape, config, data = start.model_config, start.config, start.data
-    tokens, done = config.windows_per_step * shape.block_size, start.resumed[1]["step"] if start.resumed else 0
+    tokens = config.windows_per_step * shape.block_size
     together = f" on {processes} processes" if processes > 1 else ""
     epochs = config.max_steps * tokens / (data.samples_per_epoch * shape.block_size)
     network = f"{shape.arch}, {shape.n_layer} layers x {shape.n_embd}, {shape.n_head} heads, block {shape.block_size}"
@@ -41,18 +34,12 @@ def announce(start: Start, model: GPT, validation: Validation, machine: Machine,
     if data.mixed:
         passes = (config.max_steps * config.windows_per_step * w / sum(data.weights) / n for w, n in zip(data.weights, data.windows))
         notice("mixture    " + ", ".join(f"{name}: {times:.2f} epochs" for name, times in zip(start.names, passes)))
-    compiled = f"compile {machine.compile}: {machine.compile_reason}"
-    notice(f"precision  {machine.dtype_name} on {machine.device}: {machine.dtype_reason}; {compiled}")
+    notice(f"precision  {machine.dtype_name} on {machine.device}: {machine.dtype_reason}")
     notice(f"memory     about {memory / 1e9:.1f} GB{' in each process' if processes > 1 else ''}")
     if micro_batch < config.batch_size // (1 if config.gradient_accumulation_steps % processes == 0 else processes):
         passes = f"{micro_batch} windows at a time, {config.windows_per_step // processes // micro_batch} passes a step"
         stays = f"the effective batch stays {config.windows_per_step}"
         notice(f"           too little memory is free for --batch_size {config.batch_size}: {passes}; {stays}")
-    seconds = (config.max_steps - done) * seconds_per_step(model, data, config, machine, micro_batch) / processes
-    notice(f"time       about {duration(seconds)} for {config.max_steps - done:,} steps at the speed just measured, plus evaluations")
-    if machine.kind == "cpu" and seconds > LONG_ON_CPU:
-        directories = "" if start.names == ["./data"] else " --data_dir " + " ".join(start.names)
-        notice(f"           that is long; for a model in minutes: python train.py --preset nano{directories} --out_dir checkpoints/nano")
 
 
 def open_log(start: Start, learner: Learner) -> MetricsLog:
@@ -72,18 +59,22 @@ def open_log(start: Start, learner: Learner) -> MetricsLog:
 
 
 class StepLog:
-    """Lines of metrics.jsonl on training steps. seconds: of each step since the last line; evaluations and checkpoints are not timed."""
+    """Lines of metrics.jsonl on training steps. seconds: of each step since the last line; evaluations and checkpoints are not timed.
+    The first line counts the time of compiling too.
+    """
 
     def __init__(self, learner: Learner, log: MetricsLog | None, bar: tqdm):
         self.learner, self.log, self.bar = learner, log, bar
         self.tokens_per_step = learner.config.windows_per_step * learner.model.config.block_size
         self.peak_flops = peak_flops(learner.machine.device)
         self.seconds: list[float] = []
+        self.compile_seconds = learner.machine.compile_seconds
 
     def write(self) -> None:
         """A line on the last step; rank 0's part."""
-        rate = len(self.seconds) * self.tokens_per_step / max(1e-9, sum(self.seconds))
+        rate = len(self.seconds) * self.tokens_per_step / max(1e-9, self.compile_seconds + sum(self.seconds))
         self.seconds.clear()
+        self.compile_seconds = 0.0
         if self.log is None:
             return
         learner, step = self.learner, self.learner.progress.step

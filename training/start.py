@@ -227,6 +227,13 @@ class Start:
         """The data directories as the user named them."""
         return [directory.name for directory in self.directories]
 
+    def compile(self, device: str) -> bool | str:
+        """What is asked of torch.compile: for auto in a resumed run on the same kind of device, what its earlier part did."""
+        before = self.resumed[1]["resume"]["environment"] if self.resumed else {}
+        if self.config.compile != "auto" or before.get("device") != device.partition(":")[0]:
+            return self.config.compile
+        return before["compile"] == "True"
+
     def content(self) -> dict:
         """What every checkpoint of the run holds besides its step and weights."""
         return {
