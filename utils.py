@@ -217,6 +217,8 @@ def parse_flags(kind: type, words: list[str], doc: str | None, default=None):
         boxed = captured.getvalue().partition("\n")[2]  # tyro draws a box with a title around its sentence
         text = " ".join(re.sub(r"[│╰╯]|─+|-{5,}", " ", boxed).split())
         text = re.split(r"Argument helptext:|For full helptext", re.sub(r"^Error parsing (?!--)\w+: ", "", text))[0].strip()
+        if "Missing value" in text:
+            text = text.removesuffix(".") + "; write a value that begins with - as --name=VALUE"
         raise ValueError(text.removesuffix(".") + ". See --help.") from None
 
 
