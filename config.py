@@ -7,24 +7,32 @@ To run an experiment, change `model_config` or `train_config` at the end of this
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from utils import Checked, Count, Fraction01, Natural, NonNegative, Positive, ProperFraction, Seed
+from utils import Checked, Count, Fraction01, Natural, NonNegative, ProperFraction, Seed, Text
+
+from annotated_types import Ge, Gt, Le
+
+# Far beyond what anybody trains, and small enough that sizes and sample numbers fit into 64 bits and estimates take no time
+Layers = Annotated[int, Ge(1), Le(256)]
+Size = Annotated[int, Ge(1), Le(2**24)]
+Rate = Annotated[float, Gt(0), Le(1000)]
+WINDOWS_PER_STEP, WINDOWS = 2**24, 2**40  # the most in one optimizer step, and in a run
 
 
 @dataclass(frozen=True)
 class GPTConfig(Checked):
     """The shape of the network. A field that is None takes its family's own value (see `arch`)."""
 
-    block_size: Count = 1024
+    block_size: Size = 1024
     """Context length in tokens: how far back the model can look."""
-    vocab_size: Count = 50257
+    vocab_size: Size = 50257
     """Number of token ids. train.py takes it from the tokenizer of the data; a flag that differs is refused."""
-    n_layer: Count = 12
+    n_layer: Layers = 12
     """Number of transformer blocks."""
-    n_head: Count = 12
+    n_head: Size = 12
     """Number of attention heads; n_embd must be divisible by it."""
-    n_embd: Count = 768
+    n_embd: Size = 768
     """Width of the residual stream."""
     dropout: ProperFraction = 0.0
     """Probability of dropping an activation in training. 0 is best while the model sees its data only a few times."""
@@ -34,11 +42,11 @@ class GPTConfig(Checked):
     """Family: gpt2 (learned positions, LayerNorm, GELU) or qwen3 (rotary positions, RMSNorm, QK-norm, SwiGLU)."""
     flash: bool = True
     """Fused attention kernel; False runs the explicit masked softmax, the readable reference."""
-    n_kv_head: Count | None = None
+    n_kv_head: Size | None = None
     """qwen3 only: number of key/value heads shared by the query heads. None: n_head."""
-    n_hidden: Count | None = None
+    n_hidden: Size | None = None
     """Width inside the MLP. None: 4 n_embd (gpt2), or 8/3 n_embd rounded up to a multiple of 64 (qwen3, about as many parameters)."""
-    rope_theta: Positive | None = None
+    rope_theta: Annotated[float, Ge(1), Le(1e12)] | None = None
     """qwen3 only: base of the rotary frequencies. None: 10,000."""
 
     def __post_init__(self):
@@ -119,11 +127,11 @@ class TrainConfig(Checked):
     """The run directory. None: ./checkpoints for ./data, ./checkpoints/NAME for a data directory or dataset of that name."""
     optimizer: Literal["adamw", "muon"] = "muon"
     """muon: Muon for the matrices inside the blocks and AdamW for the rest; adamw: AdamW for everything."""
-    learning_rate: Positive = 3e-4
+    learning_rate: Rate = 3e-4
     """Peak learning rate of the AdamW part (embeddings and norms under muon, everything under adamw)."""
-    muon_learning_rate: Positive = 0.02
+    muon_learning_rate: Rate = 0.02
     """Peak learning rate of the Muon part."""
-    weight_decay: NonNegative = 0.1
+    weight_decay: Annotated[float, Ge(0), Le(1000)] = 0.1
     """Decoupled weight decay, on matrices only."""
     beta1: ProperFraction = 0.9
     """AdamW: decay of the gradient's running mean."""
@@ -133,13 +141,13 @@ class TrainConfig(Checked):
     """Largest norm of the whole gradient; 0 switches clipping off."""
     ema_decay: ProperFraction = 0.0
     """Decay of a running mean of the weights (EMA) which is then evaluated, sampled and kept as the best model; 0: off."""
-    batch_size: Count = 32
+    batch_size: Size = 32
     """Windows of block_size tokens in one forward pass (the micro-batch)."""
-    gradient_accumulation_steps: Count = 4
+    gradient_accumulation_steps: Size = 4
     """Forward passes added up to one optimizer step. The effective batch is batch_size times this, on any number of processes."""
     max_steps: Count = 100_000
     """Optimizer steps of the whole run."""
-    epochs: Positive | None = None
+    epochs: Annotated[float, Gt(0), Le(1e6)] | None = None
     """Length of the run in passes over the training data, instead of max_steps."""
     max_tokens: Count | None = None
     """Length of the run in tokens, instead of max_steps; rounded up to whole steps."""
@@ -163,7 +171,7 @@ class TrainConfig(Checked):
     """Steps between two lines of metrics.jsonl."""
     sample_tokens: Natural = 40
     """Length of the sample text that each evaluation prints and logs; 0: none."""
-    sample_prompt: str = ""
+    sample_prompt: Text = ""
     """Beginning of the sample texts; empty: the beginning of a document."""
     tensorboard: bool = False
     """Write the metrics for TensorBoard too, into the run's tensorboard/ (needs: pip install tensorboard)."""
@@ -185,8 +193,12 @@ class TrainConfig(Checked):
         problems = []
         if self.epochs is not None and self.max_tokens is not None:
             problems.append("epochs and max_tokens both set the length of the run; give one of them")
-        if not self.data_dir or "" in self.data_dir or self.out_dir == "":
-            problems.append("data_dir and out_dir need a directory; make data with prepare_data.py")
+        if not self.data_dir:
+            problems.append("data_dir needs a directory; make one with prepare_data.py")
+        if self.windows_per_step > WINDOWS_PER_STEP or self.windows_per_step * self.max_steps > WINDOWS:
+            batch = f"batch_size={self.batch_size} times gradient_accumulation_steps={self.gradient_accumulation_steps}"
+            most = f"a step may have {WINDOWS_PER_STEP:,} windows, a run {WINDOWS:,}"
+            problems.append(f"{batch} in max_steps={self.max_steps} steps is too much: {most}")
         return problems
 
     @property

@@ -9,7 +9,7 @@ Computed in float32 over the whole split: each token is predicted exactly once, 
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +20,7 @@ import numpy as np
 from evaluation.measures import Score, score_tokens, summarize, text_bytes, why_no_bits_per_byte
 from formats.data_directory import DTYPE, DataDirectory
 from formats.run_directory import load_model
-from formats.tokenizer import EOT, TextTokenizer
+from formats.tokenizer import TextTokenizer
 from models import GPT
 from preparation.sources import Format, find_files
 
@@ -39,8 +39,7 @@ class Arguments(Checked):
     """Text files to evaluate, read as prepare_data.py reads them."""
     split: tuple[Literal["train", "val", "test"], ...] = ("val", "test")
     """Splits of each data directory: train, val, test."""
-    separator: str = EOT
-    """What stands between two documents of --text."""
+    form: Format = field(default_factory=Format)
     batch_size: Count = 32
     """Windows in one forward pass; does not change the results."""
     stride: Count | None = None
@@ -54,9 +53,9 @@ class Arguments(Checked):
         return [] if self.split else ["--split needs a value: train, val or test"]
 
 
-def text_tokens(name: str, separator: str, tokenizer: TextTokenizer) -> tuple[np.ndarray, int, int]:
+def text_tokens(name: str, form: Format, tokenizer: TextTokenizer) -> tuple[np.ndarray, int, int]:
     """A text as a split: its ids with an EOT behind each document (n,) uint16, UTF-8 bytes of the documents, their number."""
-    texts = map(tokenizer.normalize, itertools.chain.from_iterable(find_files([name], Format(separator))))
+    texts = map(tokenizer.normalize, itertools.chain.from_iterable(find_files([name], form)))
     texts = [text for text in texts if text.strip()]
     if not texts:
         raise ValueError(f"{name} holds no text; give a file with some")
@@ -147,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
     directories = args.data_dir or (() if args.text else ("./data",))
     results = {name: evaluate_directory(args, model, tokenizer, name) for name in directories}
     for name in args.text:
-        results[name] = {"text": evaluate_tokens(args, model, tokenizer, *text_tokens(name, args.separator, tokenizer))}
+        results[name] = {"text": evaluate_tokens(args, model, tokenizer, *text_tokens(name, args.form, tokenizer))}
     honest = print_results(results)
     output = Path(args.output) if args.output else path.parent / "evaluation.json"
     write_json(output, results)

@@ -14,15 +14,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated
 
-from utils import Checked, Count, NonNegative, Seed, choose_device, derived_seed, notice, read_command_line, run_script
+from utils import Checked, Count, NonNegative, Seed, Text, choose_device, derived_seed, notice, read_command_line, run_script
 
 import torch
-from annotated_types import Gt, Le
+from annotated_types import Ge, Le
 
 from formats.run_directory import load_model
 from generation.streaming import continue_text, encode_prompt
 
-Share = Annotated[float, Gt(0), Le(1)]
+Share = Annotated[float, Ge(1e-9), Le(1)]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Arguments(Checked):
 
     checkpoint: str = "./checkpoints"
     """A .pt file, an HF folder, or a run directory, also by its name below ./checkpoints. Default: the newest finished run there."""
-    prompt: str | None = None
+    prompt: Text | None = None
     """Text to continue. Without it: a conversation on a terminal, or one prompt a line from a pipe."""
     max_new_tokens: Count = 300
     """Stop after this many tokens, if the text has not ended before. Alias: --max_length."""
@@ -54,12 +54,11 @@ class Arguments(Checked):
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
 
-    def problems(self) -> list[str]:
-        return ["stop='' would stop at once; give a text"] if "" in self.stop else []
-
 
 def read_prompts(interactive: bool) -> Iterator[str]:
     """Prompts from a terminal, until Ctrl-D, or a line each from a pipe."""
+    if sys.stdin is None:
+        raise ValueError("there is no standard input to read prompts from; give --prompt TEXT")
     if not interactive:
         for line in sys.stdin:
             yield line.rstrip("\r\n")
@@ -81,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         notice(f"seed {seed}")
     if args.temperature == 0 and (args.top_k or args.top_p or args.min_p or args.num_samples > 1):
         notice("at temperature 0 the text is always the same: --top_k, --top_p, --min_p and --num_samples have no effect on it")
-    interactive = args.interactive or (args.prompt is None and sys.stdin.isatty())
+    interactive = args.interactive or (args.prompt is None and sys.stdin is not None and sys.stdin.isatty())
     prompts = [args.prompt] if args.prompt is not None else []
     more = read_prompts(interactive) if interactive or args.prompt is None else ()
     options = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")}

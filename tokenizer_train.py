@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from utils import Checked, Count, notice, read_command_line, run_script, write_text
+from utils import Checked, Count, Text, notice, read_command_line, run_script, write_text
 
 import numpy as np
 
@@ -46,7 +46,7 @@ class Arguments(Checked):
     """Lowercase every text, here and wherever the tokenizer is used."""
     nfc: bool = False
     """Write each character in one way, Unicode's NFC, here and wherever the tokenizer is used."""
-    show: str | None = None
+    show: Text | None = None
     """Instead of training: show what --tokenizer makes of this text."""
     tokenizer: str | None = None
     """For --show: a tokenizer.json, a directory that holds one, gpt2 or byte."""

@@ -32,6 +32,12 @@ def describe(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
+def is_full_memory(error: BaseException) -> bool:
+    """Whether Python, numpy or torch (its own kind on a GPU, a plain RuntimeError on a CPU) had no memory left."""
+    full = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return full or (isinstance(error, RuntimeError) and "allocate memory" in str(error))
+
+
 def report(error: BaseException) -> int:
     """Say on stderr what ended the program: one sentence for the user's mistake, a traceback for a bug of ours. Returns the exit code."""
     if isinstance(error, KeyboardInterrupt):
@@ -43,10 +49,18 @@ def report(error: BaseException) -> int:
     if isinstance(error, BrokenPipeError):  # who reads our output, `head` say, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    if is_full_memory(error):
+        asked = f" ({describe(error)[:100]})" if str(error) else ""
+        print(f"error: the memory is full{asked}; close other programs, or take smaller numbers, texts or models", file=sys.stderr)
+        return 2
     config = str(Path(__file__).with_name("config.py"))  # which line of it raised the error, if one did?
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if (frame.filename, frame.name) == (config, "<module>")]
     if isinstance(error, SyntaxError) and error.filename == config:
         lines = [error.lineno]
+    if isinstance(error, ImportError) and error.path == config:
+        error = ValueError(f"config.py: {str(error).partition(' (')[0]}; take it over from the original file")
+    if isinstance(error, UnicodeDecodeError):
+        error = ValueError(f"there are bytes that are not UTF-8 ({describe(error)}); convert the text first")
     if lines or isinstance(error, ValueError | OSError):
         print("error: " + (f"config.py: line {lines[0]}: " if lines else "") + describe(error), file=sys.stderr)
         return 2
@@ -56,6 +70,9 @@ def report(error: BaseException) -> int:
 
 def run_script(main: Callable[[], int | None]) -> None:
     """Run a script's main and exit: 0, 2 with one line for the user's mistake, 1 or 128 + signal as main decides."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # None where it is closed. What the terminal's encoding lacks must not end the program
+            stream.reconfigure(errors="strict" if stream is sys.stdin else "backslashreplace")
     try:
         code = main()
     except (Exception, KeyboardInterrupt) as error:
@@ -77,12 +94,12 @@ def notice(message: str) -> None:
 
 # ---------------------------------------------------------------- checked fields
 
-from annotated_types import Ge, Gt, Le, Lt  # noqa: E402 - the hook above tells if it is missing
+from annotated_types import Ge, Le, Lt, MinLen  # noqa: E402 - the hook above tells if it is missing
 
-Count = Annotated[int, Ge(1)]
-Natural = Annotated[int, Ge(0)]
+Text = Annotated[str, MinLen(0)]  # may be empty; a plain str, a name or path, may not
+Count = Annotated[int, Ge(1), Lt(2**63)]
+Natural = Annotated[int, Ge(0), Lt(2**63)]
 Seed = Annotated[int, Ge(0), Lt(2**63)]
-Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 Fraction01 = Annotated[float, Ge(0), Le(1)]
 ProperFraction = Annotated[float, Ge(0), Lt(1)]
@@ -96,8 +113,12 @@ def _validator(kind: type):
 
     hints = typing.get_type_hints(kind, include_extras=True)
     declared = typing_extensions.TypedDict(kind.__name__, {n: h for n, h in hints.items() if not dataclasses.is_dataclass(h)})
-    declared.__pydantic_config__ = ConfigDict(strict=True, allow_inf_nan=False)
+    declared.__pydantic_config__ = ConfigDict(strict=True, allow_inf_nan=False, str_min_length=1)
     return TypeAdapter(declared)
+
+
+# Problems that are the same for every field, by pydantic's names for them
+OF_STRINGS = {"string_too_short": "{} is empty; an unset variable?", "string_unicode": "{}={!r} is not UTF-8; give it another name"}
 
 
 class Checked:
@@ -108,15 +129,19 @@ class Checked:
         from pydantic import ValidationError
 
         wanted: dict[str, list[str]] = {}
-        comparable = True
+        problems, comparable = [], True
         try:
             _validator(type(self)).validate_python(vars(self))
         except ValidationError as error:
             for problem in error.errors(include_url=False):
-                comparable &= not problem["type"].endswith("_type")
+                name, kind, value = problem["loc"][0], problem["type"], problem["input"]
+                comparable &= not kind.endswith("_type")
+                if kind in OF_STRINGS:
+                    problems.append(OF_STRINGS[kind].format(name, value))
+                    continue
                 phrase = problem["msg"].removeprefix("Input should be ").replace("greater than or equal to", "at least")
-                wanted.setdefault(f"{problem['loc'][0]}={problem['input']!r}", []).append(phrase)
-        problems = [f"{what} must be {' or '.join(phrases)}" for what, phrases in wanted.items()]
+                wanted.setdefault(f"{name}={value!r}", []).append(phrase.replace("less than or equal to", "at most"))
+        problems += [f"{what} must be {' or '.join(phrases)}" for what, phrases in wanted.items()]
         problems += self.problems() if comparable else []
         if problems:
             raise ValueError("; ".join(problems))
@@ -192,6 +217,8 @@ def parse_flags(kind: type, words: list[str], doc: str | None, default=None):
         boxed = captured.getvalue().partition("\n")[2]  # tyro draws a box with a title around its sentence
         text = " ".join(re.sub(r"[│╰╯]|─+|-{5,}", " ", boxed).split())
         text = re.split(r"Argument helptext:|For full helptext", re.sub(r"^Error parsing (?!--)\w+: ", "", text))[0].strip()
+        if "Missing value" in text:
+            text = text.removesuffix(".") + "; write a value that begins with - as --name=VALUE"
         raise ValueError(text.removesuffix(".") + ". See --help.") from None
 
 
@@ -204,11 +231,13 @@ def parse_weighted(text: str) -> tuple[str, Fraction | None]:
     """`PATH` or `PATH:0.7` as (path, weight). Read from the right, so that C:\\x stays a path, as does what exists. Raises ValueError."""
     path, _, weight = text.rpartition(":")
     try:
-        value = Fraction(weight if path and not Path(text).exists() else "")
+        number = weight if path and not Path(text).exists() else ""
+        extreme = "/" not in number and not 1e-9 <= abs(float(number)) <= 1e9
+        value = Fraction(0 if extreme else number)  # of 1e99999999 it would take minutes
     except (ValueError, ZeroDivisionError):
         return text, None
-    if value <= 0:
-        raise ValueError(f"{text!r}: a weight must be above 0; leave it out instead")
+    if not 1e-9 <= value <= 1e9:
+        raise ValueError(f"{text!r}: a weight must be above 0, from 1e-9 to 1e9; leave out what should not count")
     return path, value
 
 
@@ -388,7 +417,7 @@ def explained_failures(device: str, advice: str, processes: int = 1) -> Iterator
         yield
     except RuntimeError as error:
         text = describe(error)
-        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in text:
+        if is_full_memory(error):
             raise ValueError(f"the memory of {device} is full; {advice}") from None
         if processes > 1 and (isinstance(error, torch.distributed.DistError) or "gloo" in text or "NCCL" in text):
             lost = f"rank {os.environ.get('RANK')}: another process of this run has ended or can't be reached"

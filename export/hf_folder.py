@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from utils import write_json, write_text
+from utils import write_atomically, write_json, write_text
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from export.verify import LoadedModel
 from formats.huggingface import hf_config, to_hf
@@ -27,6 +27,7 @@ def write_hf(model: GPT, tokenizer: TextTokenizer, path: Path) -> LoadedModel:
     write_text(path / "tokenizer.json", tokenizer.json)
     write_json(path / "config.json", hf_config(model.config, tokenizer.eot_id))
     write_json(path / "generation_config.json", {"bos_token_id": tokenizer.eot_id, "eos_token_id": tokenizer.eot_id})
-    save_file(to_hf(model.config, model.state_dict()), path / "model.safetensors", metadata={"format": "pt"})
+    weights = save(to_hf(model.config, model.state_dict()), metadata={"format": "pt"})
+    write_atomically(path / "model.safetensors", lambda file: file.write(weights))
     reference = transformers.AutoModelForCausalLM.from_pretrained(path, local_files_only=True).eval()
     return lambda ids: reference(ids).logits

@@ -46,9 +46,6 @@ class Format(Checked):
     errors: Literal["strict", "replace"] = "strict"
     """What is not UTF-8: strict ends with file and byte, replace reads on with U+FFFD in its place and counts."""
 
-    def problems(self) -> list[str]:
-        return [] if self.separator else ["separator='' must not be empty"]
-
 
 class Source(abc.ABC):
     """Documents in a fixed order, which can be read several times.

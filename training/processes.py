@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what it tells each process
 TIMEOUT = timedelta(minutes=30)  # longer than any evaluation, during which the others wait for rank 0
 
 
@@ -18,8 +19,14 @@ class Processes:
     """This process among those of the run. rank: 0 is the one that evaluates, saves and logs; count: how many there are."""
 
     def __init__(self):
-        self.rank, self.count = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        """Raises ValueError for variables of torchrun that don't go together."""
+        told = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"} | {name: os.environ[name] for name in TORCHRUN if name in os.environ}
+        numbers = [told[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
+        sound = all(map(str.isdecimal, numbers)) and int(told["RANK"]) < int(told["WORLD_SIZE"])
+        if not sound or (told["WORLD_SIZE"] != "1" and "MASTER_PORT" not in told):
+            given = " ".join(f"{name}={told[name]}" for name in TORCHRUN if name in os.environ)
+            raise ValueError(f"{given}: so torchrun sets no variables; unset them, or start with torchrun --nproc_per_node=N train.py")
+        self.rank, self.count, self.local_rank = map(int, numbers)
         self.control = None
 
     @property
@@ -31,6 +38,10 @@ class Processes:
         if self.count == 1:
             return device
         if device == "cuda":
+            if self.local_rank >= (gpus := torch.cuda.device_count()):
+                raise ValueError(
+                    f"process {self.local_rank} of this machine finds no GPU of its own; pass torchrun --nproc_per_node={gpus}"
+                )
             device = f"cuda:{self.local_rank}"
             torch.cuda.set_device(self.local_rank)
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=TIMEOUT)

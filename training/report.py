@@ -91,6 +91,7 @@ class StepLog:
 def plot_losses(run_dir: Path, entropy: float | None = None) -> None:
     """loss.png: training and validation loss in nats per token, the learning rate, and a perfect model's loss where it is known."""
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
 
     lines = read_metrics(run_dir / METRICS)
     train = [(line["step"], line["loss"], line["lr_factor"]) for line in lines if line.get("loss") is not None]
@@ -119,6 +120,8 @@ def plot_losses(run_dir: Path, entropy: float | None = None) -> None:
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=run_dir.resolve().name)
     axes.grid(alpha=0.3)
     axes.legend(loc="upper right")
-    figure.tight_layout()
+    for text in figure.findobj(Text):  # a name such as $_$ is no formula
+        text.set_parse_math(False)
     with warnings.catch_warnings(action="ignore"):  # a glyph that the font lacks in the title
+        figure.tight_layout()
         write_atomically(run_dir / "loss.png", lambda file: figure.savefig(file, format="png"))

@@ -11,10 +11,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import get_args, get_type_hints
 
-from utils import normalize_flags, notice, parse_flags, parse_weighted, replace_fields
+from utils import Checked, normalize_flags, notice, parse_flags, parse_weighted, replace_fields
 
-import config as settings
-from config import FINE_TUNING, PRESETS, GPTConfig, TrainConfig
+from config import FINE_TUNING, PRESETS, GPTConfig, TrainConfig, model_config, train_config
 from formats import huggingface
 from formats.checkpoint import load_checkpoint
 from formats.data_directory import DataDirectory
@@ -36,7 +35,7 @@ HUB_NAMES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium"
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(Checked):
     """What one call of train.py works on; how it trains stands in TrainConfig and GPTConfig."""
 
     dataset: str | None = None
@@ -55,8 +54,16 @@ class Arguments:
     """Delete the run that occupies the run directory and start afresh."""
     export: tuple[str, ...] = ()
     """Formats to export the best model to at the end, as export_model.py --format."""
-    model: GPTConfig = field(default_factory=lambda: settings.model_config)
-    train: TrainConfig = field(default_factory=lambda: settings.train_config)
+    model: GPTConfig = field(default_factory=lambda: model_config)
+    train: TrainConfig = field(default_factory=lambda: train_config)
+
+
+def changed(config, values: dict, where: str):
+    """A copy of a configuration with values that stand in config.py. Raises ValueError that says where."""
+    try:
+        return dataclasses.replace(config, **values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"config.py: {where}: {error}") from None
 
 
 def preset_of(words: list[str]) -> tuple[GPTConfig, TrainConfig, dict[str, object]]:
@@ -65,13 +72,13 @@ def preset_of(words: list[str]) -> tuple[GPTConfig, TrainConfig, dict[str, objec
     What may change from run to run counts as asked for only by a flag, so that a preset doesn't shorten a longer run when it is resumed.
     """
     flags = dict(word.partition("=")[::2] if "=" in word else (word, following) for word, following in zip(words, [*words[1:], ""]))
-    model, train, asked = settings.model_config, settings.train_config, {}
+    model, train, asked = model_config, train_config, {}
     name = flags.get("--preset")
     if name is not None:
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}; take one of {', '.join(PRESETS)}")
         make_model, values = PRESETS[name]
-        model, train = make_model(), dataclasses.replace(train, **values)
+        model, train = make_model(), changed(train, values, f"PRESETS[{name!r}]")
         asked = {key: value for key, value in (dataclasses.asdict(model) | values).items() if key not in CHANGEABLE | {"vocab_size"}}
     arch = flags.get("--arch", model.arch)
     if arch != model.arch and arch in get_args(get_type_hints(GPTConfig)["arch"]):
@@ -82,6 +89,9 @@ def preset_of(words: list[str]) -> tuple[GPTConfig, TrainConfig, dict[str, objec
 
 def read_arguments(argv: list[str] | None, doc: str | None) -> tuple[Arguments, dict[str, object]]:
     """The command line over preset and config.py; and name -> value of the fields that flags or the preset set. Raises ValueError."""
+    for name, value, kind in (("model_config", model_config, GPTConfig), ("train_config", train_config, TrainConfig)):
+        if not isinstance(value, kind):
+            raise ValueError(f"config.py: {name} must be a {kind.__name__}, not {value!r}")
     words = normalize_flags(Arguments, sys.argv[1:] if argv is None else list(argv), {})
     model, train, asked = preset_of(words)
     args = parse_flags(Arguments, words, doc, default=Arguments(model=model, train=train))
@@ -153,7 +163,7 @@ def fine_tuning(config: TrainConfig, asked: dict[str, object], n_embd: int) -> T
         values["learning_rate"] *= min(1.0, 128 / n_embd)
     elif "muon_learning_rate" in values and config.optimizer == "muon":
         notice(f"--muon_learning_rate is {values['muon_learning_rate']}, fine-tuning's own; --learning_rate is the AdamW part's")
-    return dataclasses.replace(config, **values)
+    return changed(config, values, "FINE_TUNING")
 
 
 def fix_length(config: TrainConfig, keep_warmup: bool, data: TrainingData) -> TrainConfig:
