@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from utils import Checked, Count, Seed, notice, read_command_line, run_script
+from utils import Checked, Count, Name, Seed, notice, read_command_line, run_script
 
 from annotated_types import Ge, Gt, Lt
 from tqdm import tqdm
@@ -46,19 +46,19 @@ class Arguments(Checked):
 
     sample: bool = False
     """Make the sample corpus from data/sample_grammar.json: no input, no network."""
-    input: tuple[str, ...] = ()
+    input: tuple[Name, ...] = ()
     """Files, directories or globs: text, .jsonl, .json, .csv, .parquet, each also .gz, .bz2, .xz, .zst. PATH:0.7 mixes by weight."""
-    dataset: tuple[str, ...] = ()
+    dataset: tuple[Name, ...] = ()
     """Datasets of the Hugging Face hub, e.g. roneneldan/TinyStories, or local dataset folders, streamed; also NAME:WEIGHT."""
-    dataset_config: str | None = None
+    dataset_config: Name | None = None
     """The configuration of --dataset, where it has several."""
-    val_input: tuple[str, ...] = ()
+    val_input: tuple[Name, ...] = ()
     """Files that make up the validation split; none is then carved from the rest."""
-    test_input: tuple[str, ...] = ()
+    test_input: tuple[Name, ...] = ()
     """Files that make up the test split; none is then carved from the rest."""
-    output: str = "./data"
+    output: Name = "./data"
     """The data directory to write. What it held is replaced once all is complete; other files in it stay."""
-    tokenizer: str | None = None
+    tokenizer: Name | None = None
     """gpt2, bpe, wordpiece, word, char, byte, or a tokenizer.json. Default: gpt2; bpe for --sample."""
     vocab_size: Count | None = None
     """Number of tokens of a trained tokenizer (bpe, wordpiece, word). Default: 4096; 1500 for --sample."""

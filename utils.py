@@ -77,15 +77,17 @@ def notice(message: str) -> None:
 
 # ---------------------------------------------------------------- checked fields
 
-from annotated_types import Ge, Gt, Le, Lt  # noqa: E402 - the hook above tells if it is missing
+from annotated_types import Ge, Gt, Le, Lt, MinLen  # noqa: E402 - the hook above tells if it is missing
 
 Count = Annotated[int, Ge(1)]
 Natural = Annotated[int, Ge(0)]
+Name = Annotated[str, MinLen(1)]  # of a file, a dataset...; a variable of the shell that isn't set gives ""
 Seed = Annotated[int, Ge(0), Lt(2**63)]
 Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 Fraction01 = Annotated[float, Ge(0), Le(1)]
 ProperFraction = Annotated[float, Ge(0), Lt(1)]
+ODD_TEXT = {"string_too_short": "not empty (is it an unset variable?)", "string_unicode": "text in UTF-8"}  # pydantic's names of problems
 
 
 @functools.cache
@@ -115,6 +117,7 @@ class Checked:
             for problem in error.errors(include_url=False):
                 comparable &= not problem["type"].endswith("_type")
                 phrase = problem["msg"].removeprefix("Input should be ").replace("greater than or equal to", "at least")
+                phrase = ODD_TEXT.get(problem["type"], phrase)
                 wanted.setdefault(f"{problem['loc'][0]}={problem['input']!r}", []).append(phrase)
         problems = [f"{what} must be {' or '.join(phrases)}" for what, phrases in wanted.items()]
         problems += self.problems() if comparable else []

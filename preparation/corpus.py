@@ -15,8 +15,9 @@ from tokenizers.normalizers import Normalizer
 
 from formats.data_directory import SPLITS
 from preparation.cleaning import Cleaning, Splitting, document_key
+from preparation.hub import open_dataset
 from preparation.sample_corpus import SampleStories, load_grammar
-from preparation.sources import File, Format, Source, find_files, open_dataset
+from preparation.sources import File, Format, Source, find_files
 
 POSITION_BELOW = 100  # fewer documents than this are split by position
 BYTES_PER_TOKEN = 4  # of an ordinary tokenizer, where only a limit in tokens is known
