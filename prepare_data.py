@@ -6,18 +6,21 @@ python prepare_data.py --input stories/:0.7 books/:0.3 --max_tokens 10000000 --t
 python prepare_data.py --dataset roneneldan/TinyStories --max_documents 100000 --tokenizer bpe
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 import os
+import re
 import signal
 import sys
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from utils import Checked, Count, Name, Seed, notice, read_command_line, run_script
+from utils import Checked, Count, Seed, notice, read_command_line, run_script
 
 from annotated_types import Ge, Gt, Lt
 from tqdm import tqdm
@@ -27,7 +30,7 @@ from formats.tokenizer import KINDS, TextTokenizer, load_tokenizer
 from preparation import portrait
 from preparation.cleaning import Cleaning, Splitting
 from preparation.corpus import SAMPLE_CLEANING, Corpus, Limits, open_corpus, open_sample_corpus
-from preparation.encoding import DocumentEncoder, Recipe
+from preparation.encoding import LOST, DocumentEncoder, Recipe
 from preparation.selection import Selection, largest_mixture
 from preparation.sources import Format
 from preparation.tokenizer_kinds import TRAINED, make_tokenizer, text_normalizer
@@ -46,19 +49,19 @@ class Arguments(Checked):
 
     sample: bool = False
     """Make the sample corpus from data/sample_grammar.json: no input, no network."""
-    input: tuple[Name, ...] = ()
+    input: tuple[str, ...] = ()
     """Files, directories or globs: text, .jsonl, .json, .csv, .parquet, each also .gz, .bz2, .xz, .zst. PATH:0.7 mixes by weight."""
-    dataset: tuple[Name, ...] = ()
+    dataset: tuple[str, ...] = ()
     """Datasets of the Hugging Face hub, e.g. roneneldan/TinyStories, or local dataset folders, streamed; also NAME:WEIGHT."""
-    dataset_config: Name | None = None
+    dataset_config: str | None = None
     """The configuration of --dataset, where it has several."""
-    val_input: tuple[Name, ...] = ()
+    val_input: tuple[str, ...] = ()
     """Files that make up the validation split; none is then carved from the rest."""
-    test_input: tuple[Name, ...] = ()
+    test_input: tuple[str, ...] = ()
     """Files that make up the test split; none is then carved from the rest."""
-    output: Name = "./data"
+    output: str = "./data"
     """The data directory to write. What it held is replaced once all is complete; other files in it stay."""
-    tokenizer: Name | None = None
+    tokenizer: str | None = None
     """gpt2, bpe, wordpiece, word, char, byte, or a tokenizer.json. Default: gpt2; bpe for --sample."""
     vocab_size: Count | None = None
     """Number of tokens of a trained tokenizer (bpe, wordpiece, word). Default: 4096; 1500 for --sample."""
@@ -196,6 +199,8 @@ def tell(meta: dict) -> None:
     dropped = [f"{counts[name]:,} {name}" for name in counts if not name.startswith("contain")]
     if dropped:
         print(f"  dropped or changed: {', '.join(dropped)}")
+    if LOST in counts:
+        notice(f"warning: {counts[LOST]:,} documents {LOST}, and no model learns what is lost; bpe and byte lose nothing")
     odd = {"contain NUL": "NUL characters; --remove_control removes them", "contain CR": "CR line ends; --whitespace mends them"}
     for name, what in odd.items():
         if name in counts:
@@ -204,6 +209,19 @@ def tell(meta: dict) -> None:
         if unknown:
             share = unknown / meta["splits"][split]["tokens"]
             notice(f"warning: {unknown:,} tokens of {split} ({share:.2%}) are unknown to the tokenizer; bpe and byte know every text")
+
+
+@contextlib.contextmanager
+def advice_for(flags: Collection[str]) -> Iterator[None]:
+    """For a script that prepares text itself, but has other `flags`: errors that name further ones say whose they are."""
+    try:
+        yield
+    except ValueError as error:
+        lacking = sorted(set(re.findall(r"--(\w+)", str(error))) - set(flags))
+        if not lacking:
+            raise
+        whose = f"--{', --'.join(lacking)}: of prepare_data.py, whose --output is then given as --data_dir"
+        raise ValueError(f"{error} ({whose})") from None
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from utils import Checked, Count, Name, notice, read_command_line, run_script, write_text
+from utils import Checked, Count, interruptible, notice, read_command_line, run_script, write_text
 
 import numpy as np
 
@@ -31,13 +31,13 @@ USED_CHARACTERS = 10_000_000  # of the training text, in which ids are looked fo
 class Arguments(Checked):
     """Flags of tokenizer_train.py."""
 
-    input: tuple[Name, ...] = ()
+    input: tuple[str, ...] = ()
     """Files, directories or globs, of all kinds that prepare_data.py reads."""
     kind: Literal["bpe", "wordpiece", "word", "char", "byte"] = "bpe"
     """bpe: byte-level byte pairs, lossless on any text; wordpiece: longest known parts; word: frequent words; char; byte: the 256 bytes."""
     vocab_size: Count = 4096
     """Number of tokens of bpe, wordpiece and word, special tokens included."""
-    output: Name = "tokenizer.json"
+    output: str = "tokenizer.json"
     """The file to write."""
     form: Format = field(default_factory=Format)
     train_bytes: Count = 50_000_000
@@ -48,7 +48,7 @@ class Arguments(Checked):
     """Write each character in one way, Unicode's NFC, here and wherever the tokenizer is used."""
     show: str | None = None
     """Instead of training: show what --tokenizer makes of this text."""
-    tokenizer: Name | None = None
+    tokenizer: str | None = None
     """For --show: a tokenizer.json, a directory that holds one, gpt2 or byte."""
 
     def problems(self) -> list[str]:
@@ -57,6 +57,8 @@ class Arguments(Checked):
             problems.append("--show TEXT and --tokenizer PATH belong together")
         elif (self.show is None) == (not self.input):
             problems.append("give either --input FILE... to train on, or --show TEXT --tokenizer PATH")
+        elif self.tokenizer in {*TRAINED, "char"}:
+            problems.append(f"a {self.tokenizer} tokenizer is made from text; name its file for --show, or one of gpt2 and byte")
         return problems
 
 
@@ -139,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
     output.parent.mkdir(parents=True, exist_ok=True)
     write_text(output, tokenizer.json)
     print(f"{output}: {tokenizer.vocab_size} tokens")
-    report(tokenizer, list(corpus.held_out_texts(normalizer, HELD_OUT_CHARACTERS)), first)
+    interruptible(report, tokenizer, list(corpus.held_out_texts(normalizer, HELD_OUT_CHARACTERS)), first)
     return 0
 
 

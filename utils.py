@@ -3,6 +3,7 @@
 Imports torch, tyro and pydantic only inside the functions that need them, so that preparation starts fast.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -14,6 +15,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import traceback
 import typing
 from collections.abc import Callable, Iterator
@@ -77,17 +79,15 @@ def notice(message: str) -> None:
 
 # ---------------------------------------------------------------- checked fields
 
-from annotated_types import Ge, Gt, Le, Lt, MinLen  # noqa: E402 - the hook above tells if it is missing
+from annotated_types import Ge, Gt, Le, Lt  # noqa: E402 - the hook above tells if it is missing
 
 Count = Annotated[int, Ge(1)]
 Natural = Annotated[int, Ge(0)]
-Name = Annotated[str, MinLen(1)]  # of a file, a dataset...; a variable of the shell that isn't set gives ""
 Seed = Annotated[int, Ge(0), Lt(2**63)]
 Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 Fraction01 = Annotated[float, Ge(0), Le(1)]
 ProperFraction = Annotated[float, Ge(0), Lt(1)]
-ODD_TEXT = {"string_too_short": "not empty (is it an unset variable?)", "string_unicode": "text in UTF-8"}  # pydantic's names of problems
 
 
 @functools.cache
@@ -117,7 +117,6 @@ class Checked:
             for problem in error.errors(include_url=False):
                 comparable &= not problem["type"].endswith("_type")
                 phrase = problem["msg"].removeprefix("Input should be ").replace("greater than or equal to", "at least")
-                phrase = ODD_TEXT.get(problem["type"], phrase)
                 wanted.setdefault(f"{problem['loc'][0]}={problem['input']!r}", []).append(phrase)
         problems = [f"{what} must be {' or '.join(phrases)}" for what, phrases in wanted.items()]
         problems += self.problems() if comparable else []
@@ -285,6 +284,20 @@ class StopSignal:
 
     def __bool__(self) -> bool:
         return self.number is not None
+
+
+def interruptible(call: Callable, *arguments):
+    """What call(*arguments) returns or raises, from a thread: a library that stays away from Python for minutes would hold signals back."""
+    outcome: concurrent.futures.Future = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(call(*arguments))
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return outcome.result()
 
 
 # ---------------------------------------------------------------- the machine

@@ -226,7 +226,7 @@ def choose_rule(group: Group, splitting: Splitting, most_documents: float) -> st
         return "hash"
     if splitting.val_fraction or splitting.test_fraction:
         which = "" if group.weight is None else f"{group.sources[0].name}: "
-        advice = "each is split by position, its end for val and test; --split hash keeps them whole"
+        advice = "each is split by position, its end for val and test; prepare_data.py --split hash keeps them whole"
         notice(f"{which}fewer than {POSITION_BELOW} documents: {advice}")
     return "position"
 

@@ -15,6 +15,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from utils import interruptible
+
 import numpy as np
 
 from formats.data_directory import SPLITS
@@ -23,6 +25,7 @@ from preparation.cleaning import Cleaning, Splitting, document_key
 from preparation.corpus import Group
 
 BATCH_CHARACTERS = 2**20
+LOST = "contain text that the tokenizer does not give back"
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -70,6 +73,9 @@ class Recipe:
             keys.append(document_key(text, self.seed))
         sizes = [len(part) if part.isascii() else len(part.encode()) for part in parts]
         ids, tokens = self.tokenizer.encode_documents(parts)
+        if self.tokenizer.loss_reason is not None:
+            of_each = np.split(ids, tokens.cumsum()[:-1])
+            counts[LOST] += sum(self.tokenizer.decode(each[:-1].tolist()) != part for each, part in zip(of_each, parts))
         of_parts = (np.array(values, np.int64) for values in (document, split, tokens, sizes))
         return Encoded(np.array(keys, np.uint64), *of_parts, ids, +counts)
 
@@ -166,7 +172,7 @@ class DocumentEncoder(contextlib.AbstractContextManager):
         """
         if not self.processes:
             for texts, mended in batches(group, most):
-                yield self.recipe.encode(group.splitting, texts, mended)
+                yield interruptible(self.recipe.encode, group.splitting, texts, mended)
             return
         pending: collections.deque[tuple[int, concurrent.futures.Future]] = collections.deque()  # documents, and what becomes of them
         try:

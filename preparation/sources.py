@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from utils import Checked, Name, notice
+from utils import Checked, notice
 
 from formats.tokenizer import EOT
 
@@ -37,9 +37,9 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 class Format(Checked):
     """How sources are read."""
 
-    separator: Name = EOT
+    separator: str = EOT
     """What stands between two documents in a text file."""
-    text_field: Name = "text"
+    text_field: str = "text"
     """Key or column that holds the text, in files and datasets that have such."""
     errors: Literal["strict", "replace"] = "strict"
     """What is not UTF-8: strict ends with file and byte, replace reads on with U+FFFD in its place and counts."""
