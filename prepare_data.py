@@ -217,11 +217,10 @@ def advice_for(flags: Collection[str]) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        lacking = sorted(set(re.findall(r"--(\w+)", str(error))) - set(flags))
+        lacking = [flag for flag in re.findall(r"--\w+", str(error)) if flag.removeprefix("--") not in flags]
         if not lacking:
             raise
-        whose = f"--{', --'.join(lacking)}: of prepare_data.py, whose --output is then given as --data_dir"
-        raise ValueError(f"{error} ({whose})") from None
+        raise ValueError(f"{error} ({', '.join(lacking)}: of prepare_data.py, whose --output is then given as --data_dir)") from None
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from utils import describe
 
-from preparation.sources import Format, Source, kind_of, likely_meant
+from preparation.sources import COMPRESSED, FILE_KINDS, Format, Source, likely_meant
 
 HUB_SECONDS = 6  # how long the hub may take to answer
 
@@ -68,7 +68,7 @@ def hub_answers() -> bool:
 
 def is_path(name: str) -> bool:
     """Whether a name can only be meant as a path: the hub's are NAME or OWNER/NAME, and don't end as text files do."""
-    return name.startswith((".", "/", "~", "\\")) or name.count("/") > 1 or kind_of(Path(name)) is not None
+    return name.startswith((".", "/", "~", "\\")) or name.count("/") > 1 or Path(name).suffix.lower() in {*FILE_KINDS, *COMPRESSED}
 
 
 def open_dataset(name: str, config: str | None, form: Format) -> dict[str, HubSplit]:
