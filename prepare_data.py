@@ -6,13 +6,16 @@ python prepare_data.py --input stories/:0.7 books/:0.3 --max_tokens 10000000 --t
 python prepare_data.py --dataset roneneldan/TinyStories --max_documents 100000 --tokenizer bpe
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 import os
+import re
 import signal
 import sys
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -27,7 +30,7 @@ from formats.tokenizer import KINDS, TextTokenizer, load_tokenizer
 from preparation import portrait
 from preparation.cleaning import Cleaning, Splitting
 from preparation.corpus import SAMPLE_CLEANING, Corpus, Limits, open_corpus, open_sample_corpus
-from preparation.encoding import DocumentEncoder, Recipe
+from preparation.encoding import LOST, DocumentEncoder, Recipe
 from preparation.selection import Selection, largest_mixture
 from preparation.sources import Format
 from preparation.tokenizer_kinds import TRAINED, make_tokenizer, text_normalizer
@@ -196,6 +199,8 @@ def tell(meta: dict) -> None:
     dropped = [f"{counts[name]:,} {name}" for name in counts if not name.startswith("contain")]
     if dropped:
         print(f"  dropped or changed: {', '.join(dropped)}")
+    if LOST in counts:
+        notice(f"warning: {counts[LOST]:,} documents {LOST}, and no model learns what is lost; bpe and byte lose nothing")
     odd = {"contain NUL": "NUL characters; --remove_control removes them", "contain CR": "CR line ends; --whitespace mends them"}
     for name, what in odd.items():
         if name in counts:
@@ -204,6 +209,18 @@ def tell(meta: dict) -> None:
         if unknown:
             share = unknown / meta["splits"][split]["tokens"]
             notice(f"warning: {unknown:,} tokens of {split} ({share:.2%}) are unknown to the tokenizer; bpe and byte know every text")
+
+
+@contextlib.contextmanager
+def advice_for(flags: Collection[str]) -> Iterator[None]:
+    """For a script that prepares text itself, but has other `flags`: errors that name further ones say whose they are."""
+    try:
+        yield
+    except ValueError as error:
+        lacking = [flag for flag in re.findall(r"--\w+", str(error)) if flag.removeprefix("--") not in flags]
+        if not lacking:
+            raise
+        raise ValueError(f"{error} ({', '.join(lacking)}: of prepare_data.py, whose --output is then given as --data_dir)") from None
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from utils import Checked, Count, Text, notice, read_command_line, run_script, write_text
+from utils import Checked, Count, Text, interruptible, notice, read_command_line, run_script, write_text
 
 import numpy as np
 
@@ -57,6 +57,8 @@ class Arguments(Checked):
             problems.append("--show TEXT and --tokenizer PATH belong together")
         elif (self.show is None) == (not self.input):
             problems.append("give either --input FILE... to train on, or --show TEXT --tokenizer PATH")
+        elif self.tokenizer in {*TRAINED, "char"}:
+            problems.append(f"a {self.tokenizer} tokenizer is made from text; name its file for --show, or one of gpt2 and byte")
         return problems
 
 
@@ -139,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
     output.parent.mkdir(parents=True, exist_ok=True)
     write_text(output, tokenizer.json)
     print(f"{output}: {tokenizer.vocab_size} tokens")
-    report(tokenizer, list(corpus.held_out_texts(normalizer, HELD_OUT_CHARACTERS)), first)
+    interruptible(report, tokenizer, list(corpus.held_out_texts(normalizer, HELD_OUT_CHARACTERS)), first)
     return 0
 
 

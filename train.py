@@ -16,7 +16,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from utils import LostProcess, Machine, StopSignal, choose_device, explained_failures, notice, run_script, write_text
+from utils import LostProcess, Machine, StopSignal, choose_device, explained_failures, flag_types, notice, run_script, write_text
 
 import torch
 from tqdm import tqdm
@@ -154,7 +154,8 @@ def prepare_text(args: Arguments, asked: dict[str, object], run_dir: Path, sourc
         return
     if is_occupied(run_dir) and not args.overwrite:
         raise ValueError(f"{run_dir} holds a run on other data; choose another --out_dir, or --overwrite to delete it")
-    prepare_data.prepare(preparing)
+    with prepare_data.advice_for(flag_types(Arguments)):
+        prepare_data.tell(prepare_data.prepare(preparing))
 
 
 def finish(start: Start, learner: Learner, validation: Validation, stop: StopSignal, seconds: float) -> None:

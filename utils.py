@@ -3,6 +3,7 @@
 Imports torch, tyro and pydantic only inside the functions that need them, so that preparation starts fast.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -14,6 +15,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import traceback
 import typing
 from collections.abc import Callable, Iterator
@@ -311,6 +313,20 @@ class StopSignal:
 
     def __bool__(self) -> bool:
         return self.number is not None
+
+
+def interruptible(call: Callable, *arguments):
+    """What call(*arguments) returns or raises, from a thread: a library that stays away from Python for minutes would hold signals back."""
+    outcome: concurrent.futures.Future = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(call(*arguments))
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return outcome.result()
 
 
 # ---------------------------------------------------------------- the machine

@@ -15,8 +15,9 @@ from tokenizers.normalizers import Normalizer
 
 from formats.data_directory import SPLITS
 from preparation.cleaning import Cleaning, Splitting, document_key
+from preparation.hub import open_dataset
 from preparation.sample_corpus import SampleStories, load_grammar
-from preparation.sources import File, Format, Source, find_files, open_dataset
+from preparation.sources import File, Format, Source, find_files
 
 POSITION_BELOW = 100  # fewer documents than this are split by position
 BYTES_PER_TOKEN = 4  # of an ordinary tokenizer, where only a limit in tokens is known
@@ -225,7 +226,7 @@ def choose_rule(group: Group, splitting: Splitting, most_documents: float) -> st
         return "hash"
     if splitting.val_fraction or splitting.test_fraction:
         which = "" if group.weight is None else f"{group.sources[0].name}: "
-        advice = "each is split by position, its end for val and test; --split hash keeps them whole"
+        advice = "each is split by position, its end for val and test; prepare_data.py --split hash keeps them whole"
         notice(f"{which}fewer than {POSITION_BELOW} documents: {advice}")
     return "position"
 

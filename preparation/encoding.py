@@ -6,12 +6,16 @@ import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
+import queue
 import signal
 import threading
+import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+
+from utils import interruptible
 
 import numpy as np
 
@@ -21,6 +25,8 @@ from preparation.cleaning import Cleaning, Splitting, document_key
 from preparation.corpus import Group
 
 BATCH_CHARACTERS = 2**20
+LOST = "contain text that the tokenizer does not give back"
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True)
@@ -67,15 +73,24 @@ class Recipe:
             keys.append(document_key(text, self.seed))
         sizes = [len(part) if part.isascii() else len(part.encode()) for part in parts]
         ids, tokens = self.tokenizer.encode_documents(parts)
+        if self.tokenizer.loss_reason is not None:
+            of_each = np.split(ids, tokens.cumsum()[:-1])
+            counts[LOST] += sum(self.tokenizer.decode(each[:-1].tolist()) != part for each, part in zip(of_each, parts))
         of_parts = (np.array(values, np.int64) for values in (document, split, tokens, sizes))
         return Encoded(np.array(keys, np.uint64), *of_parts, ids, +counts)
 
 
-def _start_worker(recipe: Recipe) -> None:
-    multiprocessing.current_process().recipe = recipe  # where _encode_in_worker finds it: tasks would pickle it again and again
+class LostWorker(ValueError):
+    """One of the processes that encode is gone."""
+
+
+def _work(recipe: Recipe, connection: multiprocessing.connection.Connection) -> None:
+    """A process that encodes: takes the arguments of Recipe.encode, one after the other, and sends back what it or its error is."""
     parent = multiprocessing.parent_process()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the first process ends the others
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if os.name == "posix":
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
     def end_with_parent() -> None:
@@ -83,44 +98,93 @@ def _start_worker(recipe: Recipe) -> None:
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()  # a killed parent can't end us
+    with contextlib.suppress(EOFError, OSError):  # the first process has ended
+        while True:
+            task = connection.recv()
+            try:
+                result = recipe.encode(*task)
+            except Exception as error:
+                error.add_note(traceback.format_exc())  # would be lost on the way
+                result = error
+            connection.send(result)
 
 
-def _encode_in_worker(splitting: Splitting, texts: list[str], mended: Counter) -> Encoded:
-    return multiprocessing.current_process().recipe.encode(splitting, texts, mended)
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Signals wait until the block is left, so that a process that is forked in it can first say what it does with them."""
+    if os.name == "posix":
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        if os.name == "posix":
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class DocumentEncoder(contextlib.AbstractContextManager):
-    """Encodes documents in `workers` processes, or in this one if it is one. A context manager."""
+    """Encodes documents in `workers` processes, or in this one if it is one. A context manager.
+
+    Each process has a pipe of its own, whose other end nobody else holds: if it dies, even while it sends a result, its pipe ends too,
+    and no other process waits for it. (In concurrent.futures' pool all share one pipe, on which a death may leave everybody waiting.)
+    """
 
     def __init__(self, recipe: Recipe, workers: int):
-        self.recipe, self.workers, self.pool = recipe, workers, None
-        if workers > 1:
-            recipe.tokenizer.encode("")  # builds what encoding needs, so that forked processes find it
-            self.pool = concurrent.futures.ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(recipe,))
+        self.recipe, self.workers = recipe, workers
+        self.processes: list[multiprocessing.Process] = []
+        self.idle: queue.SimpleQueue[multiprocessing.connection.Connection] = queue.SimpleQueue()
+        self.threads = concurrent.futures.ThreadPoolExecutor(workers)  # each waits for a process
+        if workers == 1:
+            return
+        recipe.tokenizer.encode("")  # builds what encoding needs, so that forked processes find it
+        with _signals_held():
+            for _ in range(workers):
+                ours, theirs = multiprocessing.Pipe()
+                self.processes.append(multiprocessing.Process(target=_work, args=(recipe, theirs), daemon=True))
+                self.processes[-1].start()
+                theirs.close()
+                self.idle.put(ours)
 
     def __exit__(self, *_) -> None:
-        if self.pool is not None:
-            self.pool.shutdown(cancel_futures=True)
+        for process in self.processes:
+            process.kill()  # which holds nothing; those who wait for it are told by its pipe
+        self.threads.shutdown(cancel_futures=True)
+        for process in self.processes:
+            process.join()
+
+    def _ask(self, *task) -> Encoded:
+        """What an idle process makes of the arguments of Recipe.encode. Raises its errors, and ValueError if it is killed."""
+        connection = self.idle.get()
+        try:
+            connection.send(task)
+            result = connection.recv()
+        except (EOFError, OSError):
+            raise LostWorker(f"one of the {self.workers} processes that encode was killed; is memory short? Try --num_workers 1") from None
+        finally:
+            self.idle.put(connection)
+        if isinstance(result, Exception):
+            raise result
+        return result
 
     def encode(self, group: Group, most: float, wanted: Callable[[], float]) -> Iterator[Encoded]:
         """All documents of a group encoded, in order, in batches of `most` documents at most, which don't depend on the number of workers.
 
         Reads only a few batches ahead, and no further than for the number of documents that `wanted()` says can be used.
         """
-        if self.pool is None:
+        if not self.processes:
             for texts, mended in batches(group, most):
-                yield self.recipe.encode(group.splitting, texts, mended)
+                yield interruptible(self.recipe.encode, group.splitting, texts, mended)
             return
         pending: collections.deque[tuple[int, concurrent.futures.Future]] = collections.deque()  # documents, and what becomes of them
         try:
             for texts, mended in batches(group, most):
-                pending.append((len(texts), self.pool.submit(_encode_in_worker, group.splitting, texts, mended)))
+                pending.append((len(texts), self.threads.submit(self._ask, group.splitting, texts, mended)))
                 while pending and (len(pending) > 2 * self.workers or sum(documents for documents, _ in pending) >= wanted()):
                     yield pending.popleft()[1].result()
             while pending:
                 yield pending.popleft()[1].result()
-        except BrokenProcessPool:
-            raise ValueError(f"one of the {self.workers} processes that encode was killed; is memory short? Try --num_workers 1") from None
+        except LostWorker:
+            time.sleep(0.2)  # a signal to all processes reaches this one too, and ends it in its own way
+            raise
         finally:
             for _, future in pending:
                 future.cancel()

@@ -1,10 +1,12 @@
-"""Where documents come from: text, JSON, CSV and Parquet files, also compressed, and datasets. Doesn't import torch."""
+"""Where documents come from: text, JSON, CSV and Parquet files, also compressed. Doesn't import torch."""
 
 import abc
 import bz2
 import codecs
 import contextlib
 import csv
+import difflib
+import errno
 import gzip
 import hashlib
 import io
@@ -14,9 +16,6 @@ import lzma
 import math
 import os
 import re
-import threading
-import urllib.error
-import urllib.request
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -29,7 +28,6 @@ from utils import Checked, notice
 from formats.tokenizer import EOT
 
 CHUNK_BYTES = 2**20
-HUB_SECONDS = 6  # how long the hub may take to answer
 MAX_DOCUMENT = 2**26  # characters; a longer text is cut into documents at line ends, so that memory stays bounded
 REPLACED, CUT = "bytes that are not UTF-8", "cut into documents for their length"  # what may have to be mended
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -97,6 +95,22 @@ def open_zst(path: Path, mode: str) -> io.RawIOBase:
 
 COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": open_zst}
 
+# how files begin that are not UTF-8 text, though parts of them may look like it
+BINARY = {b"PK\x03\x04": "a ZIP archive", b"7z\xbc\xaf": "a 7z archive", b"Rar!\x1a": "a RAR archive", b"!<arch>\n": "an ar archive"}
+BINARY |= {b"\x1f\x8b": "gzip data", b"\xfd7zXZ\0": "xz data", b"\x28\xb5\x2f\xfd": "zstd data", b"PAR1": "Parquet data"}
+BINARY |= {b"%PDF-": "a PDF document", b"SQLite format 3\0": "a database", b"\x89PNG": "a picture", b"\xff\xd8\xff": "a picture"}
+BINARY |= {b"\x7fELF": "a program", b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text"}
+HEAD = 4096  # bytes that are looked at
+MOST_NULS = 256  # of them; more have only archives, token files, UTF-16 and other binary data
+
+
+def kind_of_binary(data: bytes) -> str | None:
+    """What a file is, by its first bytes, if it is no text in UTF-8."""
+    if data[257:262] == b"ustar":
+        return "a tar archive"
+    nuls = data[:HEAD].count(0) > MOST_NULS
+    return next((kind for begin, kind in BINARY.items() if data.startswith(begin)), "binary data or UTF-16 text" if nuls else None)
+
 
 # ---------------------------------------------------------------- files
 
@@ -105,16 +119,29 @@ class File(Source):
     """A file of UTF-8 text, read in pieces. path; size: bytes on disk."""
 
     def __init__(self, path: Path, form: Format):
-        super().__init__(str(path), form)
+        super().__init__(str(path).encode(errors="backslashreplace").decode(), form)  # a name need not be UTF-8, meta.json has to be
         self.identity = str(path.resolve())
-        self.path, self.size = path, path.stat().st_size
+        self.path = path
+        self.version = self._version()
+        self.size = self.version[0]
         self.compressed = path.suffix.lower() in COMPRESSED
+
+    def _version(self) -> tuple[int, ...]:
+        """What tells a changed file from the one that was found: size, time of change, and the place on disk, which a new file changes."""
+        status = self.path.stat()
+        return status.st_size, status.st_mtime_ns, status.st_dev, status.st_ino
+
+    def check_unchanged(self) -> None:
+        """A file is read several times, and its SHA-256 recorded at the end: raises ValueError unless it was the same all the time."""
+        if self._version() != self.version:
+            raise ValueError(f"{self.name} changed while it was read; start again once it is complete, or with a copy of it")
 
     @property
     def text_bytes(self) -> int | None:
         return None if self.compressed else self.size
 
     def open(self):
+        self.check_unchanged()
         return COMPRESSED.get(self.path.suffix.lower(), open)(self.path, "rb")
 
     def chunks(self) -> Iterator[str]:
@@ -128,6 +155,8 @@ class File(Source):
                     if not self.compressed:
                         raise
                     raise ValueError(f"{self.path} is cut off or damaged after {offset} bytes of text ({error}); get it again") from None
+                if offset == 0 and (kind := kind_of_binary(chunk)):
+                    raise ValueError(f"{self.path} holds {kind}; unpack it, or convert it to UTF-8 text")
                 data = decoder.getstate()[0] + chunk  # with the beginning of a character, where the last chunk ended within it
                 try:
                     text = decoder.decode(chunk, final=not chunk)
@@ -159,7 +188,9 @@ class File(Source):
 
     def describe(self) -> dict:
         with open(self.path, "rb") as file:
-            return {"name": self.name, "bytes": self.size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        self.check_unchanged()
+        return {"name": self.name, "bytes": self.size, "sha256": sha256}
 
 
 class TextFile(File):
@@ -216,25 +247,41 @@ class Json(File):
                     break  # a number could go on
                 number, at = number + 1, end
                 yield self.text_of(value, f"value {number}")
-            if text is None and in_list and rest[at : at + 1] != "]":
+            if in_list and rest[at : at + 1] == "]":
+                if rest[at + 1 :].strip():
+                    raise ValueError(f"{self.path} goes on behind the list of its first {number} values; make it one list")
+            elif in_list and text is None:
                 raise ValueError(f"{self.path} ends within its list, after value {number}; it is cut off, get it again")
             rest = rest[at:]
             wanted = 2 * len(rest)  # a value that is longer than what is here is tried again when there is twice as much
 
 
 class Csv(File):
-    """A table with a header line, fields separated by commas, or by tabs in .tsv files."""
+    """A table with a header line, fields separated by commas. Each row has as many fields as the header."""
+
+    delimiter = ","
 
     def __iter__(self) -> Iterator[str]:
         csv.field_size_limit(2**31 - 1)
-        delimiter = "\t" if ".tsv" in self.path.suffixes else ","
-        rows = csv.DictReader((line + "\n" for line, _ in self.split("\n")), delimiter=delimiter, strict=True)
+        reader = csv.reader((line + "\n" for line, _ in self.split("\n")), delimiter=self.delimiter, strict=True)
+        rows, line = filter(None, reader), 0  # an empty line is no row
         try:
+            header = next(rows, [])
+            line = reader.line_num
             for row in rows:
-                row.pop(None, None)  # fields beyond the header's
-                yield self.text_of(row, f"line {rows.line_num}")
+                line = reader.line_num
+                if len(row) != len(header):
+                    advice = "a text that holds the separator has to stand in quotes"
+                    raise ValueError(f"{self.path} line {line} has {len(row)} fields, the header has {len(header)}; {advice}")
+                yield self.text_of(dict(zip(header, row)), f"line {line}")
         except csv.Error as error:
-            raise ValueError(f"{self.path} is no CSV behind line {rows.line_num} ({error}); mend it") from None
+            raise ValueError(f"{self.path} is no CSV behind line {line} ({error}); mend it") from None
+
+
+class Tsv(Csv):
+    """As CSV, with tabs in place of commas."""
+
+    delimiter = "\t"
 
 
 class Parquet(File):
@@ -248,19 +295,20 @@ class Parquet(File):
 
         try:
             with contextlib.ExitStack() as stack:
-                source = pyarrow.BufferReader(stack.enter_context(self.open()).read()) if self.compressed else str(self.path)
-                file = stack.enter_context(pyarrow.parquet.ParquetFile(source))
+                opened = stack.enter_context(self.open())
+                source = pyarrow.BufferReader(opened.read()) if self.compressed else opened
+                file = stack.enter_context(pyarrow.parquet.ParquetFile(source, page_checksum_verification=True))
                 if self.form.text_field not in file.schema_arrow.names:
                     self.text_of(dict.fromkeys(file.schema_arrow.names), "")
                 batches = file.iter_batches(batch_size=1000, columns=[self.form.text_field])
                 for number, row in enumerate(itertools.chain.from_iterable(batch.to_pylist() for batch in batches), 1):
                     yield self.text_of(row, f"row {number}")
-        except (pyarrow.ArrowException, EOFError, OSError, zlib.error) as error:
+        except (pyarrow.ArrowException, EOFError, OSError, UnicodeDecodeError, lzma.LZMAError, zlib.error) as error:
             raise ValueError(f"{self.path} is no Parquet file, or damaged ({str(error).partition('. ')[0]}); get it again") from None
 
 
 FILE_KINDS = {".txt": TextFile, ".text": TextFile, ".jsonl": JsonLines, ".ndjson": JsonLines, ".json": Json}
-FILE_KINDS |= {".csv": Csv, ".tsv": Csv, ".parquet": Parquet}
+FILE_KINDS |= {".csv": Csv, ".tsv": Tsv, ".parquet": Parquet}
 
 
 def kind_of(path: Path) -> type[File] | None:
@@ -269,10 +317,14 @@ def kind_of(path: Path) -> type[File] | None:
     return FILE_KINDS.get(suffix.lower())
 
 
+def _refuse(error: OSError) -> None:
+    raise error
+
+
 def walk(directory: Path) -> list[Path]:
-    """All files of known kinds below a directory, sorted; links are followed, each directory is entered once."""
+    """All files of known kinds below a directory, sorted; links are followed, each directory is entered once. Raises OSError."""
     seen, found, others = set(), [], []
-    for root, below, names in os.walk(directory, followlinks=True):
+    for root, below, names in os.walk(directory, followlinks=True, onerror=_refuse):
         place = os.stat(root)
         if (place.st_dev, place.st_ino) in seen:
             below.clear()
@@ -286,22 +338,36 @@ def walk(directory: Path) -> list[Path]:
     return sorted(found)
 
 
+def matches(pattern: Path) -> list[Path]:
+    """The files that a glob names, sorted. Raises PermissionError for a directory on the way that can't be read, which pathlib skips."""
+    below = Path(pattern.anchor or ".")  # pathlib's ** doesn't follow links, so that loops of them end
+    parts = pattern.relative_to(pattern.anchor).parts
+    for end in range(1, len(parts)):
+        for directory in below.glob(str(Path(*parts[:end]))):
+            if directory.is_dir() and not os.access(directory, os.R_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(directory))
+    found = sorted(match for match in below.glob(str(Path(*parts))) if match.is_file())
+    return [match for match in found if pattern.name.startswith(".") or not match.name.startswith(".")]
+
+
+def likely_meant(path: Path) -> str:
+    """For a path that isn't there: a question whether something of a similar name beside it was meant; empty if there is nothing."""
+    missing = next((part for part in (path, *path.parents) if part.parent.is_dir()), path)
+    similar = difflib.get_close_matches(missing.name, os.listdir(missing.parent), 1) if missing.parent.is_dir() else []
+    meant = [missing.parent / name / path.relative_to(missing) for name in similar]
+    return "".join(f"; did you mean {whole if whole.exists() else missing.parent / name}?" for whole, name in zip(meant, similar))
+
+
 def find_files(names: Iterable[str], form: Format) -> list[File]:
-    """The files that paths, directories and globs name, each once, in order. Raises FileNotFoundError, ValueError."""
+    """The files that paths, directories and globs name, each once, in order. Raises OSError, ValueError."""
     paths: dict[Path, Path] = {}
     for name in names:
         path = Path(name)
-        if path.is_dir():
-            found = walk(path)
-        elif path.exists():
-            found = [path]
-        else:
-            below = Path(path.anchor or ".")  # pathlib's ** doesn't follow links, so that loops of them end
-            found = sorted(match for match in below.glob(str(path.relative_to(path.anchor))) if match.is_file())
-            found = [match for match in found if path.name.startswith(".") or not match.name.startswith(".")]
+        found = walk(path) if path.is_dir() else [path] if path.exists() else matches(path)
         if not found:
             kinds = f"{', '.join(FILE_KINDS)} (also compressed)"
-            raise FileNotFoundError(f"no text files at {name}; give an existing file, a glob, or a directory with {kinds}")
+            advice = likely_meant(path) or f"; give an existing file, a glob, or a directory with {kinds}"
+            raise FileNotFoundError(f"no text files at {name}{advice}")
         for path in found:
             paths.setdefault(path.resolve(), path)
     odd = [str(path) for path in paths.values() if not path.is_file()]
@@ -311,66 +377,3 @@ def find_files(names: Iterable[str], form: Format) -> list[File]:
     if empty:
         raise ValueError(f"empty input: {', '.join(empty)}; leave it out or give a file with text")
     return [(kind_of(path) or TextFile)(path, form) for path in paths.values()]
-
-
-# ---------------------------------------------------------------- datasets
-
-
-class HubSplit(Source):
-    """One split of a `datasets` dataset, streamed. rows: its rows, a mapping of columns each."""
-
-    streamed = True
-
-    def __init__(self, name: str, split: str, rows: Iterable[dict], form: Format):
-        super().__init__(f"{name}:{split}", form)
-        self.rows = rows
-        self.read: dict = {}  # bytes and sha256 of the text, once the whole split was read
-
-    def __iter__(self) -> Iterator[str]:
-        digest, size = hashlib.sha256(), 0
-        for number, row in enumerate(self.rows, 1):
-            text = self.text_of(row, f"row {number}")
-            digest.update(text.encode())
-            size += len(text.encode())
-            yield text
-        self.read = {"bytes": size, "sha256": digest.hexdigest()}
-
-    def describe(self) -> dict:
-        return {"name": self.name} | self.read
-
-
-def hub_answers() -> bool:
-    """Whether the hub can be reached, decided within seconds: `datasets` itself would try for half a minute."""
-    answered = threading.Event()
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-
-    def ask() -> None:
-        try:
-            urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=HUB_SECONDS).close()
-        except urllib.error.HTTPError:
-            pass  # any answer will do
-        except (OSError, ValueError):
-            return
-        answered.set()
-
-    thread = threading.Thread(target=ask, daemon=True)  # looking up a name may hang beyond the timeout
-    thread.start()
-    thread.join(HUB_SECONDS)
-    return answered.is_set()
-
-
-def open_dataset(name: str, config: str | None, form: Format) -> dict[str, HubSplit]:
-    """The splits of a hub dataset or a local dataset folder, streamed. Raises ValueError if it can't be had."""
-    if not Path(name).exists() and not hub_answers():
-        os.environ["HF_HUB_OFFLINE"] = "1"  # read when datasets is imported; what was downloaded before can still be had
-    import datasets
-
-    try:
-        splits = datasets.load_dataset(name, config, streaming=True)
-    except Exception as error:  # datasets passes on the errors of many libraries
-        reason = " ".join(str(error).split())[:200]
-        advice = "without network use --sample, or --input with your own files"
-        raise ValueError(f"the dataset {name!r} can't be had ({type(error).__name__}: {reason}); {advice}") from None
-    if "train" not in splits:
-        raise ValueError(f"the dataset {name!r} has no train split, only {', '.join(splits)}; download it and use --input")
-    return {split: HubSplit(name, split, rows, form) for split, rows in splits.items()}

@@ -1,17 +1,40 @@
 """The kinds of tokenizers that are made here, each as a tokenizer.json: gpt2, bpe, wordpiece, word, char, byte. Doesn't import torch."""
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 
-from utils import notice
+from utils import interruptible, notice
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers.normalizers import Normalizer
+from tokenizers.pre_tokenizers import PreTokenizer
 
 from formats.tokenizer import BYTE_OF, EOT, MAX_VOCAB_SIZE, PADDING, UNKNOWN, TextTokenizer, byte_level, gpt2_tokenizer, load_tokenizer
 
 SPECIAL = (EOT, UNKNOWN, PADDING)  # of the kinds that don't know every text
 ALPHABET = sorted(BYTE_OF)
 SMALLEST = {"bpe": 257, "wordpiece": 515, "word": 4}  # all bytes (wordpiece: at a word's beginning and inside) and the special tokens
+
+LONGEST_WORD = 1000  # characters; the time to learn from a word grows with the square of its length
+STRETCH = re.compile(rf"(?<!\S)\S{{{LONGEST_WORD}}}\S+|(?<!\s)\s{{{LONGEST_WORD}}}\s+")  # where a longer word may be
+SLICE = 2**20  # characters of a stretch that are looked at together
+
+
+def _with_short_words(texts: Iterable[str], words: PreTokenizer) -> Iterator[str]:
+    """Texts, cut within words of more than LONGEST_WORD characters, as `words` finds them: digits, DNA, blanks without end."""
+    told = False
+    for text in texts:
+        done = 0
+        for stretch in STRETCH.finditer(text):
+            for offset in range(*stretch.span(), SLICE):
+                for _, (start, end) in words.pre_tokenize_str(text[offset : min(offset + SLICE, stretch.end())]):
+                    for cut in range(offset + start + LONGEST_WORD, offset + end, LONGEST_WORD):
+                        yield text[done:cut]
+                        done = cut
+        if done and not told:
+            notice(f"letters, digits or blanks stand in rows of more than {LONGEST_WORD}: the tokenizer learns from pieces of these rows")
+            told = True
+        yield text[done:]
 
 
 def _finish(tokenizer: Tokenizer, *special: str) -> TextTokenizer:
@@ -23,7 +46,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, normalizer: Normalizer | No
     """Byte-level BPE (Sennrich et al. 2016) trained on `texts`; fewer tokens than asked for where the text gives no more merges."""
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[EOT], initial_alphabet=ALPHABET, show_progress=False)
     tokenizer = byte_level(models.BPE(), normalizer)
-    tokenizer.train_from_iterator(texts, trainer)
+    interruptible(tokenizer.train_from_iterator, _with_short_words(texts, tokenizer.pre_tokenizer), trainer)
     return TextTokenizer(tokenizer.to_str())
 
 
@@ -36,7 +59,7 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int, normalizer: Normalize
     trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=ALPHABET, show_progress=False)
     learner = byte_level(models.WordPiece(unk_token=UNKNOWN), normalizer)
     learner.pre_tokenizer = words = pre_tokenizers.Sequence([pre_tokenizers.Split("#", "isolated"), learner.pre_tokenizer])
-    learner.train_from_iterator(texts, trainer)
+    interruptible(learner.train_from_iterator, _with_short_words(texts, words), trainer)
     tokenizer = byte_level(models.WordPiece(learner.get_vocab(with_added_tokens=True), unk_token=UNKNOWN), normalizer)
     tokenizer.pre_tokenizer = words
     tokenizer.decoder = decoders.Sequence([decoders.Replace("##", ""), tokenizer.decoder])
@@ -47,7 +70,7 @@ def train_word(texts: Iterable[str], vocab_size: int, normalizer: Normalizer | N
     """The most frequent words of `texts`, as GPT-2's pattern cuts them (a word carries the space before it); others become `<|unk|>`."""
     trainer = trainers.WordLevelTrainer(vocab_size=vocab_size, special_tokens=list(SPECIAL), show_progress=False)
     tokenizer = byte_level(models.WordLevel(unk_token=UNKNOWN), normalizer)
-    tokenizer.train_from_iterator(texts, trainer)
+    interruptible(tokenizer.train_from_iterator, texts, trainer)
     return TextTokenizer(tokenizer.to_str())
 
 

@@ -44,10 +44,10 @@ def assert_same_run(a, b):
     assert lines(a) == lines(b)
 
 
-def start(*args, program=ROOT / "train.py") -> subprocess.Popen:
+def start(*args, program=ROOT / "train.py", **options) -> subprocess.Popen:
     """train.py, or another program that calls it, in a process of its own."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, str(program), *map(str, args)], stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen([sys.executable, str(program), *map(str, args)], stderr=subprocess.PIPE, text=True, env=environment, **options)
 
 
 def wait_for_lines(run, count: int) -> None:

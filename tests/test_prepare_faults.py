@@ -1,5 +1,6 @@
 """Preparation that is killed, stopped, or runs out of disk: the old data directory stays, nothing half-written trains."""
 
+import os
 import random
 import signal
 import subprocess
@@ -96,6 +97,43 @@ def test_a_signal_leaves_no_traces(source, old, number, code):
     stderr = process.communicate()[1]
     assert process.returncode == code and "Traceback" not in stderr, stderr
     assert content(old) == before and sorted(path.name for path in old.iterdir()) == sorted([*before, "notes.txt"])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, source) -> tuple[Path, float]:
+    """What an undisturbed run makes, and its seconds."""
+    output = tmp_path_factory.mktemp("undisturbed") / "data"
+    started = time.perf_counter()
+    assert start(*flags(source, output), program=ROOT / "prepare_data.py").wait() == 0
+    return output, time.perf_counter() - started
+
+
+def signal_the_group(source, old, undisturbed, seeds: range) -> None:
+    """SIGINT or SIGTERM to all processes of a run at random moments: it ends, with its code, and nothing half-written or running stays."""
+    whole, seconds = undisturbed
+    before, after = content(old), content(whole)
+    for seed in seeds:
+        rng = random.Random(seed)
+        number = rng.choice([signal.SIGINT, signal.SIGTERM])
+        process = start(*flags(source, old), program=ROOT / "prepare_data.py", start_new_session=True)
+        time.sleep(rng.uniform(0.2, 1.05) * seconds)
+        if process.poll() is None:
+            os.killpg(process.pid, number)
+        stderr = process.communicate(timeout=120)[1]
+        ended = process.returncode if process.returncode >= 0 else 128 - process.returncode  # so a shell calls a death by signal
+        assert ended in (0, 128 + number), (seed, stderr)
+        assert content(old) == after if ended == 0 else content(old) in (before, after), seed
+        assert not processes_that_name(str(old)), seed
+        assert (old / "notes.txt").read_text() == "mine", seed
+
+
+def test_a_signal_to_all_processes(source, old, undisturbed):
+    signal_the_group(source, old, undisturbed, range(5))
+
+
+@pytest.mark.slow
+def test_a_signal_to_all_processes_at_200_moments(source, old, undisturbed):
+    signal_the_group(source, old, undisturbed, range(5, 205))
 
 
 def test_a_full_disk(small_disk, source, script):
