@@ -93,8 +93,10 @@ class ExportRecord(Declared):
     files: dict[str, Exported]
 
 
-class Measures(Declared, total=False):
-    """Measures of a validation split in metrics.jsonl; null where a number was not finite or not known."""
+class Measures(TypedDict, total=False):
+    """Measures of a validation split in metrics.jsonl; null where a number was not finite or not known. Further ones may follow."""
+
+    __pydantic_config__ = ConfigDict(strict=True, allow_inf_nan=False, extra="allow")
 
     loss: float | None
     perplexity: float | None

@@ -19,7 +19,7 @@ EOT = "<|endoftext|>"
 UNKNOWN = "<|unk|>"
 PADDING = "<|pad|>"
 ADVICE = "make one with tokenizer_train.py"
-PROBE = "Once, a \"cat\" sat - 3 times!\n\tÉé ßжب日한 ☃🙂\U0010fffd"  # characters of many kinds; nobody knows the last one
+PROBE = 'Once, a "cat" sat - 3 times!\n\tÉé ßжب日한 ☃🙂\U0010fffd'  # characters of many kinds; nobody knows the last one
 KINDS = ("gpt2", "bpe", "wordpiece", "word", "char", "byte")
 PIECE = 2**20  # characters; longer texts are encoded in pieces, so that memory stays bounded
 # where a text may be cut without changing its ids: none of our pre-tokenizers looks back across, or joins, a word and the space behind it
