@@ -53,7 +53,7 @@ HARMLESS = set(
     _attn_implementation_autoset attn_implementation use_bfloat16 return_dict output_attentions output_hidden_states torchscript
     chunk_size_feed_forward is_decoder problem_type task_specific_params finetuning_task id2label label2id num_labels prefix
     tie_encoder_decoder max_length min_length do_sample num_beams temperature top_k top_p repetition_penalty num_return_sequences
-    """.split()
+    """.split()  # noqa: SIM905
 )
 # our module in a block -> the reference's modules, whose rows stand one after the other in ours
 QWEN3_BLOCK = {

@@ -65,7 +65,7 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl. An unfinished last line is left out; a damaged one too, which is named. Raises ValueError for a pipe."""
+    """The lines of a metrics.jsonl. An unfinished last line is left out, as are damaged ones, with a warning. ValueError for a pipe."""
     complete, lines = (read_file(path) if path.exists() else b"").split(b"\n")[:-1], []
     for number, line in enumerate(complete, 1):
         try:
