@@ -17,7 +17,7 @@ from utils import Checked, Count, choose_device, notice, read_command_line, run_
 import numpy as np
 import tyro
 
-from evaluation.measures import score_tokens, why_no_bits_per_byte
+from evaluation.measures import check_finite, score_tokens, why_no_bits_per_byte
 from formats.data_directory import DTYPE, DataDirectory
 from formats.run_directory import find_checkpoint, load_model
 
@@ -36,6 +36,8 @@ class Arguments(Checked):
     """Read only this many documents of each split, from its beginning."""
     batch_size: Count = 32
     """Windows in one forward pass; does not change the results."""
+    verify_data: bool = False
+    """Compare token files above 2 GB too with the SHA-256 in meta.json; smaller ones always are."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     output: str | None = None
@@ -71,7 +73,9 @@ def document_bits(run: str, texts: list[str], device: str, batch_size: int) -> n
     reason = why_no_bits_per_byte(tokenizer, tokens)
     if reason:
         raise ValueError(f"{path} can't be compared: {reason}; train it with a byte-level tokenizer")
-    return score_tokens(model, tokens, tokenizer.eot_id, batch_size, bar=run).per_document(tokens, tokenizer.eot_id) / math.log(2)
+    score = score_tokens(model, tokens, tokenizer.eot_id, batch_size, bar=run)
+    check_finite(score, path)
+    return score.per_document(tokens, tokenizer.eot_id) / math.log(2)
 
 
 def paired_difference(bits: np.ndarray, other: np.ndarray, n_bytes: np.ndarray) -> tuple[float, float]:
@@ -99,7 +103,7 @@ def verdict(difference: float, error: float) -> str:
 def main(argv: list[str] | None = None) -> int:
     args = read_command_line(Arguments, argv, __doc__)
     device, results = choose_device(args.device), {}
-    directories = [DataDirectory(name) for name in args.data_dir]
+    directories = [DataDirectory(name, verify=args.verify_data) for name in args.data_dir]
     models = {run: find_checkpoint(run) for run in args.runs}
     same = [run for run in args.runs if list(models.values()).count(models[run]) > 1]
     if same:

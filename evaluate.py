@@ -17,7 +17,7 @@ from utils import Checked, Count, choose_device, notice, read_command_line, run_
 
 import numpy as np
 
-from evaluation.measures import Score, score_tokens, summarize, text_bytes, why_no_bits_per_byte
+from evaluation.measures import Score, check_finite, score_tokens, summarize, text_bytes, why_no_bits_per_byte
 from formats.data_directory import DTYPE, DataDirectory
 from formats.run_directory import load_model
 from formats.tokenizer import TextTokenizer
@@ -44,6 +44,8 @@ class Arguments(Checked):
     """Windows in one forward pass; does not change the results."""
     stride: Count | None = None
     """Windows overlap and move on by this many tokens: more context for each prediction, more time. Default: block_size, no overlap."""
+    verify_data: bool = False
+    """Compare token files above 2 GB too with the SHA-256 in meta.json; smaller ones always are."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     output: str | None = None
@@ -85,6 +87,7 @@ def evaluate_tokens(
     if args.stride is not None and args.stride > model.config.block_size:
         raise ValueError(f"stride={args.stride} is above the model's block_size={model.config.block_size}; then tokens would be left out")
     score = score_tokens(model, tokens, tokenizer.eot_id, args.batch_size, args.stride, bar="evaluating")
+    check_finite(score, args.checkpoint)
     reason = why_no_bits_per_byte(tokenizer, tokens)
     result = summarize(score, None if reason else n_bytes) | {"tokens": len(tokens), "bytes": n_bytes, "documents": documents}
     if reason:
@@ -99,7 +102,7 @@ def evaluate_directory(args: Arguments, model: GPT, tokenizer: TextTokenizer, na
 
     Raises ValueError if the directory was prepared with another tokenizer or has none of the splits.
     """
-    data = DataDirectory(name, tokenizer)
+    data = DataDirectory(name, tokenizer, args.verify_data)
     data.check_tokenizer(tokenizer, "the model", "tokenizer.json (the model's run directory holds one)")
     asked = dict.fromkeys(args.split)
     if not asked.keys() & set(data.splits):

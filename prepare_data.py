@@ -189,7 +189,7 @@ def is_prepared(args: Arguments) -> bool:
         return False
     meta = DataDirectory(output).meta
     with open(args.input[0], "rb") as file:
-        same_source = [source["sha256"] for source in meta["sources"]] == [hashlib.file_digest(file, "sha256").hexdigest()]
+        same_source = [source.get("sha256") for source in meta.get("sources", ())] == [hashlib.file_digest(file, "sha256").hexdigest()]
     return same_source and recorded(args).items() <= meta.items()
 
 

@@ -180,9 +180,9 @@ def run(args: Arguments, asked: dict[str, object], device: str, processes: Proce
             prepare_text(args, asked, run_dir, source)
         processes.wait()
         args = replace(args, train=replace(args.train, data_dir=(str(run_dir / "data"),)))
-        directories, weights = [DataDirectory(run_dir / "data")], [None]
+        directories, weights = [DataDirectory(run_dir / "data", verify=args.verify_data)], [None]
     else:
-        directories, weights = open_directories(args.train.data_dir, args.tokenizer)
+        directories, weights = open_directories(args.train.data_dir, args.tokenizer, args.verify_data)
     start = make_start(args, asked, resumed, source, directories, weights)
     finished = start.finished_step(args.overwrite, args.resume)
     if finished is None:

@@ -6,6 +6,7 @@ A split is one stream of tokens with one EOT as context before it. Each of its t
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -84,6 +85,12 @@ def score_tokens(
         progress.update(sum(end - first for _, end, first in batch))
     progress.close()
     return Score(nats, hits)
+
+
+def check_finite(score: Score, name: str | Path) -> None:
+    """Raise ValueError where a model, which `name` holds, gives no probability; weights too large for float32 can do that."""
+    if not np.isfinite(score.nats).all():
+        raise ValueError(f"the model of {name} computes numbers that are not finite; its weights are broken, take another one")
 
 
 def summarize(score: Score, n_bytes: int | None) -> dict[str, float | None]:

@@ -8,7 +8,6 @@ bits of each story under the grammar that wrote it.
 import contextlib
 import functools
 import hashlib
-import json
 import os
 from pathlib import Path
 
@@ -16,9 +15,9 @@ from utils import fsync_directory, notice, write_atomically, write_json, write_t
 
 import numpy as np
 
+from formats.schemas import FORMAT_VERSION, Commit, Entropy, Meta, read_json
 from formats.tokenizer import TextTokenizer, gpt2_tokenizer, load_tokenizer
 
-FORMAT_VERSION = 1
 SPLITS = ("train", "val", "test")
 COUNTS = ("tokens", "documents", "bytes")  # of a split, as meta.json has them
 DTYPE = np.dtype("<u2")
@@ -29,6 +28,9 @@ COMMIT = "commit.json"
 FORMER = "floor.json"  # what entropy.json was called
 # in the order of their renaming
 OUR_FILES = (*(f"{split}.bin" for split in SPLITS), "tokenizer.json", ENTROPY, FORMER, REPORT, PICTURE, META)
+AGAIN = "prepare the data again"
+ALWAYS_VERIFIED = 2 * 10**9  # bytes; reading a larger file only to verify it would be a wait that people feel
+CHUNK = 2**20  # ids, few enough to stay in the processor's cache between two looks at them
 GPT2_LARGEST_IDS = range(1000, 50_257)  # of token files that may be GPT-2's; nanoGPT's characters have about 65 ids
 
 # ---------------------------------------------------------------- writing
@@ -111,13 +113,10 @@ class DataDirectoryWriter(contextlib.AbstractContextManager):
 def finish_commit(directory: Path) -> None:
     """Finish a commit that was begun: rename its new files, delete old files that have no successor."""
     marker = directory / COMMIT
-    if not marker.is_file():
+    if not marker.exists():
         return
-    try:
-        plan = json.loads(marker.read_text())
-        new, remove = ([name for name in OUR_FILES if name in plan[key]] for key in ("new", "remove"))
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{marker} is damaged; delete it and prepare the data again") from None
+    plan = read_json(marker, Commit, f"delete it and {AGAIN}")
+    new, remove = ([name for name in OUR_FILES if name in plan[key]] for key in ("new", "remove"))
     for name in remove:
         (directory / name).unlink(missing_ok=True)
     for name in new:
@@ -135,25 +134,28 @@ class DataDirectory:
     """A data directory opened for reading.
 
     name: path as the user gave it; meta: meta.json, None for a directory that nanoGPT wrote. tokenizer: the directory's own; without
-    one the given one, or else GPT-2's if the ids fit.
+    one the given one, or else GPT-2's if the ids fit. verify: compare even large token files with the SHA-256 in meta.json.
     Raises FileNotFoundError where there is no data, ValueError where files disagree with each other or the tokenizer is unknown.
     """
 
-    def __init__(self, path: str | Path, tokenizer: TextTokenizer | None = None):
-        self.path, self.name = Path(path), str(path)
+    def __init__(self, path: str | Path, tokenizer: TextTokenizer | None = None, verify: bool = False):
+        self.path, self.name, self.verify = Path(path), str(path), verify
         if not self.path.is_dir():
             raise FileNotFoundError(f"no data directory at {path}; make one with: python prepare_data.py --sample --output {path}")
         finish_commit(self.path)
         self.meta: dict | None = None
-        if (self.path / META).is_file():
-            self.meta = self._read_meta()
+        if os.path.lexists(self.path / META):
+            self.meta = read_json(self.path / META, Meta, AGAIN)
             self.tokenizer = load_tokenizer(self.path)
             if self.tokenizer.sha256 != self.meta["tokenizer_sha256"]:
-                raise ValueError(f"{self.path / 'tokenizer.json'} is not the tokenizer that {META} names; prepare the data again")
+                raise ValueError(f"{self.path / 'tokenizer.json'} is not the tokenizer that {META} names; {AGAIN}")
+            for name in ("vocab_size", "eot_id"):
+                if self.meta[name] != (known := getattr(self.tokenizer, name)):
+                    raise ValueError(f"{self.path / META} is damaged: {name}={self.meta[name]}, but its tokenizer's is {known}; {AGAIN}")
         elif not {"train", "val"} & {*self.splits}:
             raise FileNotFoundError(f"no token files in {path}; make them with prepare_data.py --output {path}")
         else:
-            own = load_tokenizer(self.path) if (self.path / "tokenizer.json").is_file() else None
+            own = load_tokenizer(self.path) if os.path.lexists(self.path / "tokenizer.json") else None
             self.tokenizer = own or tokenizer or self._likely_tokenizer()
 
     @property
@@ -174,49 +176,46 @@ class DataDirectory:
         )
         return tokenizer
 
-    def _read_meta(self) -> dict:
-        path, needed = self.path / META, {*COUNTS, "sha256"}
-        try:
-            meta = json.loads(path.read_text(encoding="utf-8"))
-            version = meta["format_version"]
-            complete = meta["tokenizer_sha256"] and all(needed <= split.keys() for split in meta["splits"].values())
-        except (ValueError, KeyError, TypeError, AttributeError):
-            complete = False
-        if not complete:
-            raise ValueError(f"{path} is damaged; prepare the data again")
-        if version != FORMAT_VERSION:
-            raise ValueError(f"{path} has format version {version}, this program reads {FORMAT_VERSION}; prepare the data again")
-        return meta
-
     @functools.cache  # noqa: B019 - a handful of directories, open for the whole run
-    def _open(self, split: str) -> tuple[np.ndarray, int]:
-        """A split's memmap and its largest id."""
+    def _open(self, split: str) -> tuple[np.ndarray, int, str | None]:
+        """A split's memmap, its largest id and, where it is to be verified, its SHA-256; read once."""
         path = self.path / f"{split}.bin"
         if not path.is_file():
-            raise FileNotFoundError(f"no {path}; prepare the data again, or name a split that is there")
+            raise FileNotFoundError(f"no file {path}; prepare the data again, or name a split that is there")
         size = path.stat().st_size
-        expected = self.meta["splits"][split]["tokens"] * 2 if self.meta and split in self.meta["splits"] else size
+        expected = self.meta["splits"][split]["tokens"] * 2 if self.meta else size
         if size != expected or size % 2:
-            raise ValueError(f"{path} has {size} bytes where {expected + expected % 2} belong; it is damaged, prepare the data again")
+            raise ValueError(f"{path} has {size} bytes where {expected + expected % 2} belong; it is damaged, {AGAIN}")
         if size == 0:
             raise ValueError(f"{path} is empty; prepare the data again with more text")
-        ids = np.memmap(path, DTYPE, mode="r")
-        return ids, max(int(ids[i : i + 2**24].max()) for i in range(0, len(ids), 2**24))
+        ids, largest = np.memmap(path, DTYPE, mode="r"), 0
+        digest = hashlib.sha256() if self.meta and (self.verify or size < ALWAYS_VERIFIED) else None
+        for start in range(0, len(ids), CHUNK):
+            chunk = ids[start : start + CHUNK]
+            largest = max(largest, int(chunk.max()))
+            if digest is not None:
+                digest.update(chunk)
+        return ids, largest, digest and digest.hexdigest()
 
     def tokens(self, split: str) -> np.ndarray:
         """All token ids of a split, a read-only memmap (tokens,) uint16. Raises FileNotFoundError, ValueError."""
-        ids, largest = self._open(split)
-        if largest >= self.tokenizer.vocab_size:
-            path, known = self.path / f"{split}.bin", self.tokenizer.vocab_size
+        ids, largest, sha256 = self._open(split)
+        path, known = self.path / f"{split}.bin", self.tokenizer.vocab_size
+        if largest >= known:
             raise ValueError(f"{path} holds token id {largest}, but its tokenizer has only {known} ids; prepare it again")
+        if sha256 is not None and sha256 != self.meta["splits"][split]["sha256"]:
+            raise ValueError(f"{path} was changed since it was prepared: its SHA-256 is not the one in {META}; {AGAIN}")
         return ids
 
     def entropy(self, split: str) -> list[float] | None:
-        """Bits of each document of a sample corpus's split under the grammar that wrote it; None for other data."""
-        path = next((self.path / name for name in (ENTROPY, FORMER) if (self.path / name).is_file()), self.path / ENTROPY)
-        if self.meta is None or "sample" not in self.meta or not path.is_file():
+        """Bits of each document of a sample corpus's split under the grammar that wrote it; None for other data. Raises ValueError."""
+        path = next((path for name in (ENTROPY, FORMER) if os.path.lexists(path := self.path / name)), None)
+        if self.meta is None or "sample" not in self.meta or path is None:
             return None
-        return json.loads(path.read_text()).get(split)
+        entropy, documents = read_json(path, Entropy, AGAIN).get(split), int((self.tokens(split) == self.tokenizer.eot_id).sum())
+        if entropy is not None and len(entropy) != documents:
+            raise ValueError(f"{path} is damaged: {len(entropy)} numbers for the {documents} documents of {split}; {AGAIN}")
+        return entropy
 
     def check_tokenizer(self, tokenizer: TextTokenizer, owner: str, path: str | Path, flag: str = "") -> None:
         """Raise ValueError unless the directory's ids are those of this tokenizer, which `owner` has and which lies at `path`."""

@@ -1,9 +1,10 @@
 """export.json: what was exported into a directory. What it lists may be replaced by the next export, and deleted with the run."""
 
-import json
 from pathlib import Path, PureWindowsPath
 
 from utils import notice, write_json
+
+from formats.schemas import ExportRecord, read_json
 
 RECORD = "export.json"
 
@@ -12,13 +13,13 @@ def read_record(directory: Path) -> dict[str, dict]:
     """Name -> entry of what was exported into a directory, see `add_record`. Without a record, or with a damaged one, nothing is known."""
     path = directory / RECORD
     try:
-        files = json.loads(path.read_text(encoding="utf-8"))["files"].items()
+        files = read_json(path, ExportRecord, "what was exported before is not known any more")["files"].items()
         # only names that stay inside the directory on every system: no separators, no drive, not `..`
         return {name: entry for name, entry in files if name not in ("", "..") and PureWindowsPath(name).name == name}
     except FileNotFoundError:
         return {}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        notice(f"warning: {path} is damaged; what was exported before is not known any more")
+    except ValueError as error:
+        notice(f"warning: {error}")
         return {}
 
 

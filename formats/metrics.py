@@ -1,13 +1,14 @@
 """metrics.jsonl: what a run measures, one JSON object a line."""
 
-import contextlib
 import json
 import math
 import os
 import zlib
 from pathlib import Path
 
-from utils import write_atomically
+from utils import notice, write_atomically
+
+from formats.schemas import MetricsLine, check, read_file
 
 METRICS = "metrics.jsonl"
 
@@ -24,7 +25,7 @@ class MetricsLog:
         beginning = b""
         if resumed is not None:
             source, state = resumed
-            beginning = source.read_bytes()[: state["bytes"]] if source.exists() else b""
+            beginning = read_file(source)[: state["bytes"]] if source.exists() else b""
             if len(beginning) != state["bytes"] or zlib.crc32(beginning) != state["crc32"]:
                 raise ValueError(f"{source} was changed since the checkpoint was written; bring it back, or start with --overwrite")
         write_atomically(path, lambda file: file.write(beginning))
@@ -64,10 +65,11 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl; an unfinished last line is left out."""
-    lines = []
-    with contextlib.suppress(FileNotFoundError):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                lines.append(json.loads(line))
+    """The lines of a metrics.jsonl. An unfinished last line is left out, as are damaged ones, with a warning. ValueError for a pipe."""
+    complete, lines = (read_file(path) if path.exists() else b"").split(b"\n")[:-1], []
+    for number, line in enumerate(complete, 1):
+        try:
+            lines.append(check(line, MetricsLine, f"{path}, line {number},", "it is left out"))
+        except ValueError as error:
+            notice(f"warning: {error}")
     return lines

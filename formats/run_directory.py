@@ -85,15 +85,25 @@ def load_content(name: str) -> tuple[Path, dict]:
     return path, content
 
 
+def read_tokenizer(content: dict, name: str) -> TextTokenizer:
+    """The tokenizer of a checkpoint's content. Raises ValueError unless it has as many ids as the model."""
+    tokenizer, known = TextTokenizer(content["tokenizer"], name), content["model_config"]["vocab_size"]
+    if tokenizer.vocab_size != known:
+        unlike = f"its tokenizer has {tokenizer.vocab_size} ids, but its model {known}"
+        raise ValueError(f"{name} can't be used: {unlike}; put the tokenizer there that it was trained with, or take another model")
+    return tokenizer
+
+
 def load_model(name: str, device: str = "cpu") -> tuple[GPT, TextTokenizer, Path, dict]:
     """What `--checkpoint NAME` means: network in evaluation mode, tokenizer, the file or HF folder, its content.
 
     Raises FileNotFoundError, and ValueError where weights and configuration disagree.
     """
     path, content = load_content(name)
+    tokenizer = read_tokenizer(content, str(path))
     model = GPT(GPTConfig(**content["model_config"]))
     load_weights(model, content["model"], str(path))
-    return model.to(device).eval(), TextTokenizer(content["tokenizer"], str(path)), path, content
+    return model.to(device).eval(), tokenizer, path, content
 
 
 def newest_checkpoint(run_dir: Path) -> tuple[Path, dict] | None:
@@ -104,7 +114,7 @@ def newest_checkpoint(run_dir: Path) -> tuple[Path, dict] | None:
     paths = step_checkpoints(run_dir)
     for path in paths:
         try:
-            return path, load_checkpoint(path)
+            return path, load_checkpoint(path, complete=True)
         except ValueError as error:
             notice(f"warning: {error}")
     if paths:
@@ -122,10 +132,7 @@ def find_resumed(resume: str | None, run_dir: Path) -> tuple[Path, dict] | None:
     if resume is None:
         return None
     if resume != "auto" and Path(resume).is_file():
-        content = load_checkpoint(Path(resume))
-        if "resume" not in content:
-            raise ValueError(f"{resume} holds weights only and can't be resumed; give a step_*.pt or the run directory")
-        return Path(resume), content
+        return Path(resume), load_checkpoint(Path(resume), complete=True)
     found = newest_checkpoint(run_dir if resume == "auto" else Path(resume))
     if found is None and resume != "auto":
         raise FileNotFoundError(f"no checkpoint at {resume}; give a run directory or a step_*.pt, or start without --resume")
@@ -143,7 +150,7 @@ def check_branch(path: Path, run_dir: Path) -> None:
         return
     for newer in (p for p in step_checkpoints(run_dir) if p.name > path.name):
         try:
-            load_checkpoint(newer)
+            load_checkpoint(newer, complete=True)
         except ValueError:
             newer.rename(newer.with_suffix(".pt.damaged"))
         else:

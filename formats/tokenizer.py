@@ -13,12 +13,14 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.normalizers import Normalizer
 
 from formats.fast_encoding import FastEncoding
+from formats.schemas import MAX_VOCAB_SIZE, TokenizerFile, check
 
 EOT = "<|endoftext|>"
 UNKNOWN = "<|unk|>"
 PADDING = "<|pad|>"
+ADVICE = "make one with tokenizer_train.py"
+PROBE = 'Once, a "cat" sat - 3 times!\n\tÉé ßжب日한 ☃🙂\U0010fffd'  # characters of many kinds; nobody knows the last one
 KINDS = ("gpt2", "bpe", "wordpiece", "word", "char", "byte")
-MAX_VOCAB_SIZE = 65_536  # token files hold uint16
 PIECE = 2**20  # characters; longer texts are encoded in pieces, so that memory stays bounded
 # where a text may be cut without changing its ids: none of our pre-tokenizers looks back across, or joins, a word and the space behind it
 CUT = re.compile(r"(?<=\S)[ \n]")
@@ -66,7 +68,8 @@ class Description:
 
     def method(self) -> tuple:
         """What decides, beside the vocabulary, which ids a text gets."""
-        names = ("type", "merges", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
+        names = ("type", "merges", "unk_token", "unk_id", "continuing_subword_prefix", "end_of_word_suffix", "max_input_chars_per_word")
+        names += ("byte_fallback", "fuse_unk", "ignore_merges", *(("vocab",) if self.model["type"] == "Unigram" else ()))  # has scores
         model = [self.model.get(name) or None for name in names]  # Hugging Face's files write "" for what is unset in others
         splitters = [{name: value for name, value in splitter.items() if name != "trim_offsets"} for splitter in self.splitters]
         return model, splitters, self.normalizer
@@ -120,6 +123,15 @@ class Description:
 # ---------------------------------------------------------------- in use
 
 
+def check_size(text: str, name: str) -> None:
+    """Raise ValueError for ids that uint16 can't hold, before `tokenizers` reads them: an id of 2**31 costs it gigabytes."""
+    file = check(text.encode(), TokenizerFile, name, ADVICE, "is no Hugging Face tokenizer.json")
+    vocab = file["model"]["vocab"]
+    ids = [*(vocab.values() if isinstance(vocab, dict) else [len(vocab) - 1]), *(added["id"] for added in file.get("added_tokens", ()))]
+    if max(ids, default=0) >= MAX_VOCAB_SIZE:
+        raise ValueError(f"{name} has ids up to {max(ids)}, but uint16 token files hold at most {MAX_VOCAB_SIZE} different ones; {ADVICE}")
+
+
 class TextTokenizer:
     """A tokenizer.json in use.
 
@@ -133,26 +145,32 @@ class TextTokenizer:
     def __init__(self, text: str, name: str = "tokenizer"):
         self.json = text
         self.sha256 = hashlib.sha256(text.encode()).hexdigest()
+        check_size(text, name)
         try:
             self.tokenizer = Tokenizer.from_str(text)
-            self.description = Description(self.tokenizer)
+            self.description = said = Description(self.tokenizer)
+            self.tokenizer.no_padding()
+            self.tokenizer.no_truncation()
+            self.tokenizer.encode_special_tokens = True  # "<|endoftext|>" inside a text is text; this switch isn't saved in the file
+            self.tokenizer.encode(PROBE, add_special_tokens=False)  # fails where what stands for unknown text is missing
         except Exception as error:  # tokenizers raises plain Exception
-            raise ValueError(f"{name} is no Hugging Face tokenizer.json ({error}); make one with tokenizer_train.py") from None
-        self.tokenizer.no_padding()
-        self.tokenizer.no_truncation()
-        self.tokenizer.encode_special_tokens = True  # "<|endoftext|>" inside a text is text; this switch isn't saved in the file
+            raise ValueError(f"{name} is no Hugging Face tokenizer.json ({error}); {ADVICE}") from None
         ids = self.tokenizer.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(ids.values()) + 1
         if EOT not in ids:
-            raise ValueError(f"{name} has no {EOT} token, which must end every document; make one with tokenizer_train.py")
-        if self.vocab_size > MAX_VOCAB_SIZE:
-            raise ValueError(f"{name} has {self.vocab_size} tokens, but uint16 token files hold at most {MAX_VOCAB_SIZE}")
-        self.eot_id = ids[EOT]
+            raise ValueError(f"{name} has no {EOT} token, which must end every document; {ADVICE}")
+        self.vocab_size, self.eot_id = max(ids.values()) + 1, ids[EOT]
+        self.special_ids = said.special_ids
+        problems = {
+            f"{EOT} is an ordinary token in it, not a special one": self.eot_id not in self.special_ids,
+            "two of its tokens have the same id": len(set(ids.values())) < len(ids),
+            f"its dropout={said.model.get('dropout')} gives a text other ids each time": said.model.get("dropout"),
+        }
+        if wrong := [problem for problem, there in problems.items() if there]:
+            raise ValueError(f"{name} can't be used, {' and '.join(wrong)}; {ADVICE}")
         self.pad_id = ids.get(PADDING, self.eot_id)
-        self.unknown_id = ids.get(self.description.model.get("unk_token"))
-        self.special_ids = self.description.special_ids
-        self.normalizers = self.description.normalizers
-        self.loss_reason = self.description.loss_reason
+        self.unknown_id = ids.get(said.model.get("unk_token"), said.model.get("unk_id"))  # the latter is Unigram's
+        self.normalizers = said.normalizers
+        self.loss_reason = said.loss_reason
 
     def __reduce__(self):
         return TextTokenizer, (self.json,)
@@ -177,6 +195,11 @@ class TextTokenizer:
         if EOT not in special or None in merged or any(a >= b for a, b in zip(merged, merged[1:])):
             return None  # tiktoken merges in the order of ids
         return FastEncoding({token: i for i, token in said.token_bytes.items()}, special, EOT)
+
+    @functools.cached_property
+    def left_out(self) -> str:
+        """Characters that get no id at all, of a few that stand for many: texts would silently lose them."""
+        return "".join(character for character in PROBE if not character.isspace() and not self.encode(character))
 
     def normalize(self, text: str) -> str:
         """The text lowercased, in NFC, where the tokenizer's file says so; encoding changes nothing more. It does other changes itself."""
@@ -245,7 +268,7 @@ def load_tokenizer(path: str | Path) -> TextTokenizer:
     try:
         return TextTokenizer(path.read_text(encoding="utf-8"), str(path))
     except UnicodeDecodeError:
-        raise ValueError(f"{path} is no Hugging Face tokenizer.json (not UTF-8); make one with tokenizer_train.py") from None
+        raise ValueError(f"{path} is no Hugging Face tokenizer.json (not UTF-8); {ADVICE}") from None
 
 
 def byte_level(model: models.Model, normalizer: Normalizer | None = None) -> Tokenizer:

@@ -133,4 +133,9 @@ def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int, lowercase: 
         if asked and name not in tokenizer.normalizers:
             advice = f"make a tokenizer with {flag}, or leave it out"
             raise ValueError(f"{kind} was made without {flag}, so prompts would stay as they are; {advice}")
+    if tokenizer.left_out:
+        such = f"characters that it doesn't know, such as {tokenizer.left_out[0]!r}"
+        notice(f"warning: {kind} leaves out {such}; bpe and byte keep every text")
+    elif tokenizer.loss_reason is not None:
+        notice(f"warning: {kind}: {tokenizer.loss_reason}, so there will be no bits per byte; bpe and byte keep every text")
     return tokenizer

@@ -17,7 +17,7 @@ from config import FINE_TUNING, PRESETS, GPTConfig, TrainConfig, model_config, t
 from formats import huggingface
 from formats.checkpoint import load_checkpoint
 from formats.data_directory import DataDirectory
-from formats.run_directory import BEST, HOME, is_finished, is_occupied, load_content, newest_checkpoint
+from formats.run_directory import BEST, HOME, is_finished, is_occupied, load_content, newest_checkpoint, read_tokenizer
 from formats.tokenizer import KINDS, TextTokenizer, gpt2_tokenizer, load_tokenizer
 from training.data_order import TrainingData
 
@@ -52,6 +52,8 @@ class Arguments(Checked):
     """Further data directories to evaluate on while training, e.g. the old domain; the best model is chosen by the first --data_dir."""
     overwrite: bool = False
     """Delete the run that occupies the run directory and start afresh."""
+    verify_data: bool = False
+    """Compare token files above 2 GB too with the SHA-256 in meta.json before training; smaller ones always are."""
     export: tuple[str, ...] = ()
     """Formats to export the best model to at the end, as export_model.py --format."""
     model: GPTConfig = field(default_factory=lambda: model_config)
@@ -193,6 +195,7 @@ def read_source(name: str) -> dict:
     else:
         path, content = load_content(name)
         folder = path if path.is_dir() else path.parent
+    read_tokenizer(content, name)  # refused before anything is prepared with it
     digest = hashlib.sha256()
     for key, weight in sorted(content["model"].items()):
         digest.update(key.encode() + weight.contiguous().numpy().tobytes())
@@ -294,23 +297,26 @@ def make_start(
     if resumed is not None:
         path, content = resumed
         if content["data"] != data.fingerprint:
-            before = " ".join(content["train_config"].get("data_dir", ()))
-            raise ValueError(f"{path} was trained on other data; give its --data_dir {before or 'DIR'}, or another --out_dir")
+            before = " ".join(content["train_config"]["data_dir"])
+            raise ValueError(f"{path} was trained on other data; give its --data_dir {before}, or another --out_dir")
+        first.check_tokenizer(read_tokenizer(content, str(path)), path, path.parent)
         if args.init_from is not None and (content.get("init_from") or {}).get("name") != args.init_from:
             raise ValueError(f"{path} did not start from {args.init_from}; leave --init_from out, or choose another --out_dir")
-    also = [DataDirectory(name, first.tokenizer) for name in args.also_eval]
+    also = [DataDirectory(name, first.tokenizer, args.verify_data) for name in args.also_eval]
     for directory in also:
         directory.check_tokenizer(first.tokenizer, first.name, first.name, "--also_eval ")
     return Start(run_directory(args, asked), model_config, config, directories, also, data, resumed, source)
 
 
-def open_directories(names: tuple[str, ...], tokenizer_name: str | None) -> tuple[list[DataDirectory], list[Fraction | None]]:
+def open_directories(
+    names: tuple[str, ...], tokenizer_name: str | None, verify: bool = False
+) -> tuple[list[DataDirectory], list[Fraction | None]]:
     """The data directories DIR or DIR:WEIGHT and their weights. tokenizer_name: gpt2 or a path, for directories without meta.json."""
     paths, weights = zip(*map(parse_weighted, names))
     if tokenizer_name in KINDS and tokenizer_name != "gpt2":
         raise ValueError(f"--tokenizer {tokenizer_name} is trained on text; for token files give the path of their tokenizer.json")
     tokenizer = None if tokenizer_name is None else gpt2_tokenizer() if tokenizer_name == "gpt2" else load_tokenizer(tokenizer_name)
-    directories = [DataDirectory(path, tokenizer) for path in paths]
+    directories = [DataDirectory(path, tokenizer, verify) for path in paths]
     if tokenizer is not None and not tokenizer.same_ids(directories[0].tokenizer):
         raise ValueError(f"{paths[0]} was prepared with another tokenizer than {tokenizer_name}; leave --tokenizer out")
     return directories, list(weights)
