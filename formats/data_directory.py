@@ -10,12 +10,15 @@ import functools
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
-from utils import fsync_directory, notice, write_atomically, write_json, write_text
+from utils import fsync_directory, naming, notice, write_atomically, write_json, write_text
 
 import numpy as np
 
+from formats.metrics import METRICS
+from formats.outputs import check_names, check_sources, read_json, sole_writer
 from formats.tokenizer import TextTokenizer, gpt2_tokenizer, load_tokenizer
 
 FORMAT_VERSION = 1
@@ -34,26 +37,50 @@ GPT2_LARGEST_IDS = range(1000, 50_257)  # of token files that may be GPT-2's; na
 # ---------------------------------------------------------------- writing
 
 
+def written_names(directory: Path) -> set[str]:
+    """The names of our files that preparations wrote into a directory: what the next one may replace. Empty where none did."""
+    meta = read_json(directory / META)
+    if _read_plan(directory) is not None:
+        return {*OUR_FILES}
+    if isinstance(meta, dict) and {"tokenizer_sha256", "splits"} <= meta.keys():
+        listed = meta.get("files")  # what was prepared before there were lists may hold all
+        return {name for name in OUR_FILES if name in (*listed, FORMER)} if isinstance(listed, list) else {*OUR_FILES}
+    damaged = all((directory / name).is_file() for name in ("train.bin", "val.bin", "test.bin", "tokenizer.json", META))
+    return {*OUR_FILES} if damaged else set()
+
+
+def holds_run(directory: Path) -> bool:
+    """Whether train.py wrote into a directory; formats/run_directory.py knows more, but imports torch."""
+    return (directory / METRICS).exists() or any(directory.glob("best_model.pt")) or any(directory.glob("step_*.pt"))
+
+
 class DataDirectoryWriter(contextlib.AbstractContextManager):
     """Writes a data directory so that a crash at any moment leaves the old one or the new one.
 
     Files are written as *.new and made durable; then commit.json says that all are complete; then they are renamed, meta.json last.
     Leaving the context without `commit` discards what was written. Other files in the directory stay untouched.
+
+    sources: the files that are going to be read. Raises ValueError where another process writes to the directory, where files stand in the
+    way that no preparation wrote, and where a run is; OSError.
     """
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, sources: Iterable[Path] = ()):
         self.directory = directory
-        directory.mkdir(parents=True, exist_ok=True)
-        finish_commit(directory)
-        self._discard()
-        self.files = {split: open(self._new(f"{split}.bin"), "wb") for split in SPLITS}  # noqa: SIM115
+        with contextlib.ExitStack() as stack:
+            killed = stack.enter_context(sole_writer(directory, "data", "output", r"[a-z_]+\.(json|png)\.new|commit\.json"))
+            self._check(killed, sources)
+            finish_commit(directory)
+            self._discard()
+            self.files = {split: stack.enter_context(open(self._new(f"{split}.bin"), "wb")) for split in SPLITS}
+            self._exit = stack.pop_all()
         self.hashes = {split: hashlib.sha256() for split in SPLITS}
         self.counts = {split: dict.fromkeys(COUNTS, 0) for split in SPLITS}
 
     def add(self, split: str, ids: np.ndarray, documents: int, n_bytes: int) -> None:
         """Append ids (uint16) of `documents` whole documents of n_bytes UTF-8 bytes to a split."""
         data = ids.astype(DTYPE, copy=False).tobytes()
-        self.files[split].write(data)
+        with naming(self.directory / f"{split}.bin"):
+            self.files[split].write(data)
         self.hashes[split].update(data)
         self.counts[split] = {key: n + self.counts[split][key] for key, n in zip(COUNTS, (len(ids), documents, n_bytes))}
 
@@ -73,6 +100,8 @@ class DataDirectoryWriter(contextlib.AbstractContextManager):
     def commit(self, tokenizer: TextTokenizer, meta: dict, extra: dict[str, bytes] | None = None) -> dict:
         """Make what was added the directory's content, with further files of ours; returns the whole meta.json. Raises ValueError."""
         self.check()
+        extra = extra or {}
+        new = [name for name in OUR_FILES if name.endswith(".bin") or name in ("tokenizer.json", META, *extra)]
         meta = {
             "format_version": FORMAT_VERSION,
             "dtype": "uint16",
@@ -80,25 +109,36 @@ class DataDirectoryWriter(contextlib.AbstractContextManager):
             "eot_id": tokenizer.eot_id,
             "tokenizer_sha256": tokenizer.sha256,
             "splits": {split: self.counts[split] | {"sha256": self.hashes[split].hexdigest()} for split in SPLITS},
+            "files": new,
         } | meta
-        for file in self.files.values():
-            file.flush()
-            os.fsync(file.fileno())
-        extra = extra or {}
+        for split, file in self.files.items():
+            with naming(self.directory / f"{split}.bin"):
+                file.flush()
+                os.fsync(file.fileno())
         write_text(self._new("tokenizer.json"), tokenizer.json)
         for name, content in extra.items():
             write_atomically(self._new(name), lambda file, content=content: file.write(content))
         write_json(self._new(META), meta)
-        new = [name for name in OUR_FILES if name.endswith(".bin") or name in ("tokenizer.json", META, *extra)]
         write_json(self.directory / COMMIT, {"new": new, "remove": [name for name in OUR_FILES if name not in new]})
         finish_commit(self.directory)
         return meta
 
     def __exit__(self, *_) -> None:
-        for file in self.files.values():
-            file.close()
-        if not (self.directory / COMMIT).exists():
-            self._discard()
+        with self._exit:
+            for file in self.files.values():
+                with contextlib.suppress(OSError):  # a full disk is known by now
+                    file.close()
+            if not (self.directory / COMMIT).exists():
+                self._discard()
+
+    def _check(self, killed: bool, sources: Iterable[Path]) -> None:
+        """killed: whether a writer was killed here, so that *.new are its."""
+        ours = written_names(self.directory)
+        if not ours and holds_run(self.directory):
+            raise ValueError(f"{self.directory} holds a run of train.py; choose another --output")
+        new = [self._new(name).name for name in OUR_FILES]
+        check_names(self.directory, [*OUR_FILES, COMMIT, *new], ours.union([COMMIT, *new] if ours or killed else ()), "output")
+        check_sources([self.directory / name for name in OUR_FILES], sources, "output")
 
     def _new(self, name: str) -> Path:
         return self.directory / f"{name}.new"
@@ -108,20 +148,27 @@ class DataDirectoryWriter(contextlib.AbstractContextManager):
             self._new(name).unlink(missing_ok=True)
 
 
+def _read_plan(directory: Path) -> dict[str, list[str]] | None:
+    """What the commit marker says: our names that are new, and those to remove. None without a marker of ours."""
+    plan = read_json(directory / COMMIT)
+    if not isinstance(plan, dict) or not all(isinstance(plan.get(key), list) for key in ("new", "remove")):
+        return None
+    return {key: [name for name in OUR_FILES if name in plan[key]] for key in ("new", "remove")}
+
+
 def finish_commit(directory: Path) -> None:
-    """Finish a commit that was begun: rename its new files, delete old files that have no successor."""
+    """Finish a commit that was begun: rename its new files, delete old files that have no successor. Raises ValueError, OSError."""
     marker = directory / COMMIT
+    plan = _read_plan(directory)
     if not marker.is_file():
         return
-    try:
-        plan = json.loads(marker.read_text())
-        new, remove = ([name for name in OUR_FILES if name in plan[key]] for key in ("new", "remove"))
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{marker} is damaged; delete it and prepare the data again") from None
-    for name in remove:
-        (directory / name).unlink(missing_ok=True)
-    for name in new:
-        with contextlib.suppress(FileNotFoundError):  # renamed before the crash, or by another reader just now
+    if plan is None:
+        raise ValueError(f"{marker} is damaged; delete it and prepare the data again")
+    for name in plan["remove"]:
+        with naming(directory / name):
+            (directory / name).unlink(missing_ok=True)
+    for name in plan["new"]:
+        with naming(directory / name), contextlib.suppress(FileNotFoundError):  # renamed before the crash, or by another reader just now
             os.replace(directory / f"{name}.new", directory / name)
     fsync_directory(directory)
     marker.unlink(missing_ok=True)
