@@ -359,8 +359,11 @@ class LastingStream:
 @contextlib.contextmanager
 def lasting_output() -> Iterator[None]:
     """Context in which nothing fails because nobody reads stdout or stderr any more."""
-    with contextlib.redirect_stdout(LastingStream(sys.stdout)), contextlib.redirect_stderr(LastingStream(sys.stderr)):
-        yield
+    with contextlib.redirect_stdout(LastingStream(sys.stdout)) as out, contextlib.redirect_stderr(LastingStream(sys.stderr)):
+        try:
+            yield
+        finally:
+            out.flush()
 
 
 # ---------------------------------------------------------------- the machine

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from utils import fsync_directory, naming, notice, write_atomically, write_json, write_text
@@ -54,6 +54,29 @@ def holds_run(directory: Path) -> bool:
     return (directory / METRICS).exists() or any(directory.glob("best_model.pt")) or any(directory.glob("step_*.pt"))
 
 
+def check_place(directory: Path, sources: Iterable[Path] = (), killed: bool = False) -> None:
+    """Raise ValueError where data would replace what no preparation wrote, a run, or one of the sources, which are going to be read.
+
+    killed: whether a writer was killed here, so that *.new are its.
+    """
+    ours = written_names(directory)
+    if not ours and holds_run(directory):
+        raise ValueError(f"{directory} holds a run of train.py; choose another --output")
+    passing = [COMMIT, *(f"{name}.new" for name in OUR_FILES)]
+    check_names(directory, [*OUR_FILES, *passing], ours.union(passing if ours or killed else ()), "output")
+    check_sources([directory / name for name in OUR_FILES], sources, "output")
+
+
+@contextlib.contextmanager
+def _sole_writer(directory: Path, sources: Iterable[Path] = ()) -> Iterator[None]:
+    """Hold a directory for writing, checked, with nothing begun left in it."""
+    with sole_writer(directory, "data", "output", r"[a-z_]+\.(json|png)\.new|commit\.json") as killed:
+        check_place(directory, sources, killed)
+        finish_commit(directory)
+        _discard(directory)
+        yield
+
+
 class DataDirectoryWriter(contextlib.AbstractContextManager):
     """Writes a data directory so that a crash at any moment leaves the old one or the new one.
 
@@ -67,10 +90,7 @@ class DataDirectoryWriter(contextlib.AbstractContextManager):
     def __init__(self, directory: Path, sources: Iterable[Path] = ()):
         self.directory = directory
         with contextlib.ExitStack() as stack:
-            killed = stack.enter_context(sole_writer(directory, "data", "output", r"[a-z_]+\.(json|png)\.new|commit\.json"))
-            self._check(killed, sources)
-            finish_commit(directory)
-            self._discard()
+            stack.enter_context(_sole_writer(directory, sources))
             self.files = {split: stack.enter_context(open(self._new(f"{split}.bin"), "wb")) for split in SPLITS}
             self._exit = stack.pop_all()
         self.hashes = {split: hashlib.sha256() for split in SPLITS}
@@ -119,8 +139,7 @@ class DataDirectoryWriter(contextlib.AbstractContextManager):
         for name, content in extra.items():
             write_atomically(self._new(name), lambda file, content=content: file.write(content))
         write_json(self._new(META), meta)
-        write_json(self.directory / COMMIT, {"new": new, "remove": [name for name in OUR_FILES if name not in new]})
-        finish_commit(self.directory)
+        _commit(self.directory, new)
         return meta
 
     def __exit__(self, *_) -> None:
@@ -129,23 +148,30 @@ class DataDirectoryWriter(contextlib.AbstractContextManager):
                 with contextlib.suppress(OSError):  # a full disk is known by now
                     file.close()
             if not (self.directory / COMMIT).exists():
-                self._discard()
-
-    def _check(self, killed: bool, sources: Iterable[Path]) -> None:
-        """killed: whether a writer was killed here, so that *.new are its."""
-        ours = written_names(self.directory)
-        if not ours and holds_run(self.directory):
-            raise ValueError(f"{self.directory} holds a run of train.py; choose another --output")
-        new = [self._new(name).name for name in OUR_FILES]
-        check_names(self.directory, [*OUR_FILES, COMMIT, *new], ours.union([COMMIT, *new] if ours or killed else ()), "output")
-        check_sources([self.directory / name for name in OUR_FILES], sources, "output")
+                _discard(self.directory)
 
     def _new(self, name: str) -> Path:
         return self.directory / f"{name}.new"
 
-    def _discard(self) -> None:
-        for name in OUR_FILES:
-            self._new(name).unlink(missing_ok=True)
+
+def move_data(source: Path, target: Path) -> None:
+    """Make a prepared directory's files the content of another directory, as a preparation of it would. Files that are mapped stay so."""
+    with _sole_writer(target):
+        new = [name for name in OUR_FILES if (source / name).exists()]
+        for name in new:
+            os.replace(source / name, target / f"{name}.new")
+        _commit(target, new)
+
+
+def _commit(directory: Path, new: list[str]) -> None:
+    """Make *.new, which are durable, the directory's content. new: their final names."""
+    write_json(directory / COMMIT, {"new": new, "remove": [name for name in OUR_FILES if name not in new]})
+    finish_commit(directory)
+
+
+def _discard(directory: Path) -> None:
+    for name in OUR_FILES:
+        (directory / f"{name}.new").unlink(missing_ok=True)
 
 
 def _read_plan(directory: Path) -> dict[str, list[str]] | None:
