@@ -9,7 +9,6 @@ paired per document, which takes most of the chance out of them. They compare th
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from utils import Checked, Count, choose_device, notice, read_command_line, run_script, write_json
@@ -19,6 +18,7 @@ import tyro
 
 from evaluation.measures import check_finite, score_tokens, why_no_bits_per_byte
 from formats.data_directory import DTYPE, DataDirectory
+from formats.outputs import output_file
 from formats.run_directory import find_checkpoint, load_model
 
 
@@ -108,6 +108,7 @@ def main(argv: list[str] | None = None) -> int:
     same = [run for run in args.runs if list(models.values()).count(models[run]) > 1]
     if same:
         raise ValueError(f"{' and '.join(same)} mean the same model, {models[same[0]]}; name each run by its own directory")
+    output = None if args.output is None else output_file(args.output, "comparison", models.values())
     for name, data in zip(args.data_dir, directories):
         split = args.split or ("val" if "val" in data.splits and "test" not in data.splits else "test")
         if args.split is None and split == "val":
@@ -128,9 +129,9 @@ def main(argv: list[str] | None = None) -> int:
             print(line)
             error = None if math.isnan(error) else error
             results[name][run] = {"bits_per_byte": per_byte, "above_best": difference, "standard_error": error}
-    if args.output:
-        write_json(Path(args.output), results)
-        notice(f"written to {args.output}")
+    if output is not None:
+        write_json(output, results)
+        notice(f"written to {output}")
     return 0
 
 

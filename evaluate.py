@@ -10,7 +10,6 @@ Computed in float32 over the whole split: each token is predicted exactly once, 
 import itertools
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 from utils import Checked, Count, choose_device, notice, read_command_line, run_script, write_json
@@ -19,7 +18,8 @@ import numpy as np
 
 from evaluation.measures import Score, check_finite, score_tokens, summarize, text_bytes, why_no_bits_per_byte
 from formats.data_directory import DTYPE, DataDirectory
-from formats.run_directory import load_model
+from formats.outputs import output_file
+from formats.run_directory import EVALUATION, find_checkpoint, load_model
 from formats.tokenizer import TextTokenizer
 from models import GPT
 from preparation.sources import Format, find_files
@@ -145,14 +145,16 @@ def print_results(results: dict[str, dict[str, dict]]) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     args = read_command_line(Arguments, argv, __doc__, aliases={"model_path": "checkpoint"})
-    model, tokenizer, path, _ = load_model(args.checkpoint, choose_device(args.device))
+    path, texts = find_checkpoint(args.checkpoint), [file.path for file in find_files(args.text, args.form)]
+    name = str(path.parent / EVALUATION) if args.output is None else args.output
+    output = output_file(name, "evaluation", [path, *texts])
+    model, tokenizer, *_ = load_model(str(path), choose_device(args.device))
     directories = args.data_dir or (() if args.text else ("./data",))
     results = {name: evaluate_directory(args, model, tokenizer, name) for name in directories}
     for name in args.text:
         results[name] = {"text": evaluate_tokens(args, model, tokenizer, *text_tokens(name, args.form, tokenizer))}
+    write_json(output, results)  # first: who reads what is printed may have gone
     honest = print_results(results)
-    output = Path(args.output) if args.output else path.parent / "evaluation.json"
-    write_json(output, results)
     notice(f"written to {output}")
     return 0 if honest else 1
 

@@ -11,21 +11,24 @@ hf           hf/: a folder for transformers (AutoModelForCausalLM, AutoTokenizer
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from utils import Checked, notice, read_command_line, run_script
+from utils import Checked, exit_on_signals, notice, read_command_line, run_script
 
 import torch
 
 from export.graphs import write_onnx, write_torchscript
 from export.hf_folder import write_hf
-from export.verify import check_target, largest_difference, put_in_place, workplace
-from formats.export_record import add_record
-from formats.run_directory import load_model
+from export.verify import largest_difference, put_in_place, workplace
+from formats.export_record import add_record, check_exports
+from formats.outputs import output_path, sole_writer
+from formats.run_directory import find_checkpoint, load_model
 
 # name -> what the file or folder is called ({} stands for the checkpoint's name without its ending), and what writes and reloads it
 FORMATS = {"onnx": ("{}.onnx", write_onnx), "torchscript": ("{}.ts.pt", write_torchscript), "hf": ("hf", write_hf)}
+PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "hf": ("transformers",)}  # what writes or checks a format, beside torch
 
 
 @dataclass(frozen=True)
@@ -44,41 +47,50 @@ class Arguments(Checked):
 
 
 def check_formats(formats: Iterable[str]) -> None:
-    """Raises ValueError for a name that is no format; train.py asks before it trains."""
+    """Raises ValueError for a name that is no format, or whose packages are missing; train.py asks before it trains."""
     if unknown := [name for name in formats if name not in FORMATS]:
         raise ValueError(f"unknown format {', '.join(unknown)}; take {', '.join(FORMATS)}")
+    for name in formats:
+        if missing := [package for package in PACKAGES.get(name, ()) if not find_spec(package)]:
+            raise ValueError(f"format {name} needs packages that are not installed; run: pip install {' '.join(missing)}")
+
+
+def target_names(formats: Iterable[str], checkpoint: str) -> dict[str, str]:
+    """Format -> what its file or folder is called. checkpoint: the name of what is exported, e.g. best_model.pt."""
+    return {name: FORMATS[name][0].format(Path(checkpoint).stem) for name in formats}
 
 
 def export(checkpoint: str | Path, formats: Iterable[str], output: Path | None) -> bool:
     """Write the formats beside the checkpoint or into `output`; True if all of them compute what the model computes.
 
-    Raises ValueError, before anything is written, where that would delete the checkpoint or a folder that was not exported.
+    Raises ValueError, before anything is written, where that would replace the checkpoint or what was not exported.
     """
-    model, tokenizer, path, _ = load_model(str(checkpoint))
+    path = find_checkpoint(str(checkpoint))
     output = output or path.parent
-    targets = {name: output / FORMATS[name][0].format(path.stem) for name in formats}
-    for target in targets.values():
-        check_target(target, path)
-    output.mkdir(parents=True, exist_ok=True)
-    good = True
-    for name, target in targets.items():
-        _, write = FORMATS[name]
-        with workplace(output) as directory:
-            difference, allowed = largest_difference(model, write(model, tokenizer, directory / target.name))
-            if difference > allowed:
-                notice(f"error: {name}: logits differ by up to {difference:.1e} (allowed {allowed:.1e}); the file was deleted")
-                good = False
-                continue
-            put_in_place(directory / target.name, target)
-        entry = {"format": name, "checkpoint": path.name, "largest_logit_difference": difference, "torch": torch.__version__}
-        add_record(output, target.name, entry)
-        print(f"{target}: largest difference of a logit {difference:.1e}")
+    check_formats(formats)
+    with sole_writer(output, "export", "output", "export"):
+        names = target_names(formats, path.name)
+        check_exports(output, names.values(), path)
+        model, tokenizer, *_ = load_model(str(path))
+        good = True
+        for name, target in names.items():
+            with workplace(output) as directory:
+                difference, allowed = largest_difference(model, FORMATS[name][1](model, tokenizer, directory / target))
+                if difference > allowed:
+                    notice(f"error: {name}: logits differ by up to {difference:.1e} (allowed {allowed:.1e}); the file was deleted")
+                    good = False
+                    continue
+                entry = {"format": name, "checkpoint": path.name, "largest_logit_difference": difference, "torch": torch.__version__}
+                add_record(output, target, entry)  # first: what has its name is known to be ours
+                put_in_place(directory / target, output / target)
+            print(f"{output / target}: largest difference of a logit {difference:.1e}")
     return good
 
 
 def main(argv: list[str] | None = None) -> int:
     args = read_command_line(Arguments, argv, __doc__, aliases={"model_path": "checkpoint"})
-    return 0 if export(args.checkpoint, args.format, Path(args.output) if args.output else None) else 1
+    exit_on_signals()
+    return 0 if export(args.checkpoint, args.format, None if args.output is None else output_path(args.output, "output")) else 1
 
 
 if __name__ == "__main__":

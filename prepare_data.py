@@ -13,19 +13,19 @@ import json
 import math
 import os
 import re
-import signal
 import sys
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from utils import Checked, Count, Seed, notice, read_command_line, run_script
+from utils import Checked, Count, Seed, exit_on_signals, notice, read_command_line, run_script
 
 from annotated_types import Ge, Gt, Lt
 from tqdm import tqdm
 
 from formats.data_directory import ENTROPY, META, SPLITS, DataDirectory, DataDirectoryWriter
+from formats.outputs import output_path
 from formats.tokenizer import KINDS, TextTokenizer, load_tokenizer
 from preparation import portrait
 from preparation.cleaning import Cleaning, Splitting
@@ -110,17 +110,25 @@ class Arguments(Checked):
         return self.tokenizer or ("bpe" if self.sample else "gpt2")
 
 
-def prepare(args: Arguments) -> dict:
-    """Run the whole stage; returns the written meta.json. Raises ValueError, OSError; then the output is what it was before."""
-    if args.kind not in KINDS:
+def prepare(args: Arguments, tokenizer: TextTokenizer | None = None) -> dict:
+    """Run the whole stage; returns the written meta.json. Raises ValueError, OSError; then the output is what it was before.
+
+    tokenizer: what the path `args.tokenizer` is going to hold, where it is not written yet.
+    """
+    output = output_path(args.output, "output")
+    if args.kind not in KINDS and tokenizer is None:
         load_tokenizer(args.kind)  # a mistyped name should fail before the text is read
     corpus = find_corpus(args)
-    tokenizer = choose_tokenizer(args, corpus)
+    with DataDirectoryWriter(output, corpus.files) as writer:
+        return encode(args, corpus, tokenizer or choose_tokenizer(args, corpus), writer)
+
+
+def encode(args: Arguments, corpus: Corpus, tokenizer: TextTokenizer, writer: DataDirectoryWriter) -> dict:
+    """All documents of the corpus into the data directory, which is complete then; returns its meta.json. Raises ValueError, OSError."""
     total = corpus.total_bytes
     workers = args.num_workers or (1 if total is not None and total < SMALL else min(8, os.cpu_count() or 1))
     selection = Selection(tokenizer, corpus.cleaning.deduplicate)
     with (
-        DataDirectoryWriter(Path(args.output)) as writer,
         DocumentEncoder(Recipe(tokenizer, corpus.cleaning, corpus.seed), workers) as encoder,
         tqdm(desc="encoding", total=total, unit="B", unit_scale=True, disable=None) as bar,
     ):
@@ -225,7 +233,7 @@ def advice_for(flags: Collection[str]) -> Iterator[None]:
 
 def main(argv: list[str] | None = None) -> int:
     args = read_command_line(Arguments, argv, __doc__)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # what was begun is removed on the way out
+    exit_on_signals()
     meta = prepare(args)
     print(f"{args.output}: {meta['vocab_size']} token ids, tokenizer {meta['tokenizer_sha256'][:12]}")
     for split, counts in meta["splits"].items():

@@ -8,13 +8,13 @@ python prepare_data.py --input stories.txt --tokenizer tokenizer.json
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 from utils import Checked, Count, Text, interruptible, notice, read_command_line, run_script, write_text
 
 import numpy as np
 
+from formats.outputs import output_file
 from formats.tokenizer import TextTokenizer, bytes_of_token, gpt2_tokenizer
 from preparation.cleaning import Cleaning, Splitting
 from preparation.corpus import Limits, open_corpus
@@ -129,6 +129,7 @@ def main(argv: list[str] | None = None) -> int:
         show(make_tokenizer(args.tokenizer, (), 0), args.show)
         return 0
     corpus = open_corpus({"input": args.input}, args.form, Splitting("auto", SEED, HELD_OUT), Cleaning(), Limits())
+    output = output_file(args.output, "tokenizer", corpus.files, make_parents=True)
     normalizer = text_normalizer(args.lowercase, args.nfc)
     texts = corpus.training_texts(normalizer, args.train_bytes)
     first = beginning(texts, USED_CHARACTERS)  # kept for the report
@@ -137,7 +138,6 @@ def main(argv: list[str] | None = None) -> int:
     tokenizer = make_tokenizer(args.kind, itertools.chain(first, texts), args.vocab_size, args.lowercase, args.nfc)
     if args.kind not in TRAINED and args.vocab_size != Arguments.vocab_size:
         notice(f"--vocab_size has no effect with the {args.kind} tokenizer")
-    output = Path(args.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_text(output, tokenizer.json)
     print(f"{output}: {tokenizer.vocab_size} tokens")

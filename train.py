@@ -10,21 +10,49 @@ A flag overrides `--preset`, which overrides what stands in config.py. Every fie
 
 import contextlib
 import math
+import os
 import signal
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
-from utils import LostProcess, Machine, StopSignal, choose_device, explained_failures, flag_types, notice, run_script, write_text
+from utils import (
+    LostProcess,
+    Machine,
+    StopSignal,
+    choose_device,
+    exit_on_signals,
+    explained_failures,
+    flag_types,
+    lasting_output,
+    notice,
+    run_script,
+)
 
 import torch
 from tqdm import tqdm
 
 from formats.checkpoint import load_weights, save_checkpoint
 from formats.data_directory import META, DataDirectory
+from formats.data_directory import check_place as check_data_place
+from formats.export_record import check_exports
 from formats.metrics import MetricsLog
-from formats.run_directory import BEST, delete_old_checkpoints, find_resumed, is_occupied, step_checkpoints, step_path
+from formats.outputs import check_sources
+from formats.run_directory import (
+    BEST,
+    DATA,
+    NEXT,
+    delete_old_checkpoints,
+    find_resumed,
+    is_occupied,
+    prepared_data,
+    sole_trainer,
+    step_checkpoints,
+    step_path,
+    written_paths,
+)
+from formats.tokenizer import TextTokenizer
 from models import GPT
 from training.data_order import Batches
 from training.estimates import fitting_batch
@@ -137,25 +165,25 @@ def set_up(start: Start, device: str, processes: Processes) -> tuple[Learner, Va
 
 
 def prepare_text(args: Arguments, asked: dict[str, object], run_dir: Path, source: dict | None) -> None:
-    """Prepare --dataset into the run's own data/, unless it holds the same already."""
+    """Prepare --dataset into the run's own data/, unless it holds the same already; beside it while the run to be deleted is there."""
     import prepare_data
 
     given = {"input": (args.dataset,)} if Path(args.dataset).exists() else {"dataset": (args.dataset,)}
     choices = {"vocab_size": asked["vocab_size"]} if "vocab_size" in asked else {}
-    tokenizer = args.tokenizer
+    name, tokenizer, data = args.tokenizer, None, run_dir / DATA
     if source is not None:
-        tokenizer = str(run_dir / "tokenizer.json")
-        if args.overwrite or not is_occupied(run_dir) or not Path(tokenizer).is_file():
-            run_dir.mkdir(parents=True, exist_ok=True)
-            write_text(Path(tokenizer), source["tokenizer"])
-    preparing = prepare_data.Arguments(**given, output=str(run_dir / "data"), tokenizer=tokenizer, seed=args.train.seed, **choices)
-    if prepare_data.is_prepared(preparing):
-        notice(f"{run_dir / 'data'} holds {args.dataset} already")
+        name, tokenizer = str(run_dir / "tokenizer.json"), TextTokenizer(source["tokenizer"], source["origin"]["name"])
+    preparing = prepare_data.Arguments(**given, output=str(data), tokenizer=name, seed=args.train.seed, **choices)
+    if prepare_data.is_prepared(preparing) and (tokenizer is None or DataDirectory(data).tokenizer.same_ids(tokenizer)):
+        notice(f"{data} holds {args.dataset} already")
         return
     if is_occupied(run_dir) and not args.overwrite:
         raise ValueError(f"{run_dir} holds a run on other data; choose another --out_dir, or --overwrite to delete it")
+    if is_occupied(run_dir) or (data / META).is_file():
+        check_data_place(data)
+        preparing = replace(preparing, output=str(run_dir / NEXT / DATA))
     with prepare_data.advice_for(flag_types(Arguments)):
-        prepare_data.tell(prepare_data.prepare(preparing))
+        prepare_data.tell(prepare_data.prepare(preparing, tokenizer))
 
 
 def finish(start: Start, learner: Learner, validation: Validation, stop: StopSignal, seconds: float) -> None:
@@ -170,38 +198,50 @@ def finish(start: Start, learner: Learner, validation: Validation, stop: StopSig
     notice(f'next: python generate.py --checkpoint {run_dir} --prompt "Once upon a time"')
 
 
+def read_inputs(args: Arguments, asked: dict[str, object], run_dir: Path, processes: Processes) -> Start:
+    """All that the run starts from, checked; the data is prepared if it is to be. Raises ValueError, FileNotFoundError, OSError."""
+    resumed = find_resumed(args.resume, run_dir)
+    source = read_source(args.init_from) if args.init_from is not None and resumed is None else None
+    if args.overwrite:
+        sources = [*[source["path"]] * bool(source and source["path"]), *[Path(args.dataset)] * bool(args.dataset)]
+        check_sources(written_paths(run_dir), sources, "out_dir")
+    if args.dataset is None:
+        return make_start(args, asked, resumed, source, *open_directories(args.train.data_dir, args.tokenizer, args.verify_data))
+    if processes.first and not (resumed is not None and (run_dir / DATA / META).is_file()):
+        prepare_text(args, asked, run_dir, source)
+    processes.wait()
+    data = DataDirectory(prepared_data(run_dir), verify=args.verify_data)
+    data.name = str(run_dir / DATA)  # where it will be
+    args = replace(args, train=replace(args.train, data_dir=(data.name,)))
+    return make_start(args, asked, resumed, source, [data], [None])
+
+
 def run(args: Arguments, asked: dict[str, object], device: str, processes: Processes) -> int:
     """The whole stage in one process of those that train together. Returns the exit code."""
     run_dir = run_directory(args, asked)
-    resumed = find_resumed(args.resume, run_dir)
-    source = read_source(args.init_from) if args.init_from is not None and resumed is None else None
-    if args.dataset is not None:
-        if processes.first and not (resumed is not None and (run_dir / "data" / META).is_file()):
-            prepare_text(args, asked, run_dir, source)
-        processes.wait()
-        args = replace(args, train=replace(args.train, data_dir=(str(run_dir / "data"),)))
-        directories, weights = [DataDirectory(run_dir / "data", verify=args.verify_data)], [None]
-    else:
-        directories, weights = open_directories(args.train.data_dir, args.tokenizer, args.verify_data)
-    start = make_start(args, asked, resumed, source, directories, weights)
-    finished = start.finished_step(args.overwrite, args.resume)
-    if finished is None:
-        learner, validation = set_up(start, device, processes)
-        log, began = open_log(start, learner) if processes.first else None, time.perf_counter()
-        with contextlib.closing(log) if log else contextlib.nullcontext(), StopSignal() as stop:
-            train(start, learner, validation, log, stop)
-        if processes.first:
-            finish(start, learner, validation, stop, time.perf_counter() - began)
-        if stop:
-            return 128 + stop.number
-    else:
-        run_dir = resumed[0].parent if resumed is not None else run_dir
-        if processes.first:
-            print(f"{run_dir} holds this very run, finished at step {finished}")
+    writable = os.access(run_dir, os.W_OK) or not run_dir.is_dir()  # else only a finished run can say that it is there
+    with sole_trainer(run_dir, args.train.tensorboard) if processes.first and writable else contextlib.nullcontext():
+        if args.export:
+            import export_model
+
+            check_exports(run_dir, export_model.target_names(args.export, BEST).values(), run_dir / BEST)
+        start = read_inputs(args, asked, run_dir, processes)
+        finished = start.finished_step(args.overwrite, args.resume)
+        if finished is None:
+            learner, validation = set_up(start, device, processes)
+            log, began = open_log(start, learner) if processes.first else None, time.perf_counter()
+            with contextlib.closing(log) if log else contextlib.nullcontext(), StopSignal() as stop:
+                train(start, learner, validation, log, stop)
+            if processes.first:
+                finish(start, learner, validation, stop, time.perf_counter() - began)
+            if stop:
+                return 128 + stop.number
+        else:
+            run_dir = start.resumed[0].parent if start.resumed is not None else run_dir
+            if processes.first:
+                print(f"{run_dir} holds this very run, finished at step {finished}")
     if not args.export or not processes.first:
         return 0
-    import export_model
-
     return 0 if export_model.export(run_dir / BEST, args.export, run_dir) else 1
 
 
@@ -211,12 +251,14 @@ def main(argv: list[str] | None = None) -> int:
         import export_model
 
         export_model.check_formats(args.export)
+    exit_on_signals()
     processes = Processes()
     device = processes.start(choose_device(args.train.device))
     half = max(1, args.train.batch_size // 2)
     advice = f"pass --batch_size {half} --gradient_accumulation_steps {-(-args.train.windows_per_step // half)} (the same effective batch)"
     try:
-        with explained_failures(device, f"{advice}, a shorter --block_size or a smaller --preset", processes.count):
+        shorter = f"{advice}, a shorter --block_size or a smaller --preset"
+        with lasting_output(), explained_failures(device, shorter, processes.count):
             return run(args, asked, device, processes)
     except FloatingPointError as error:
         saved = step_checkpoints(run_directory(args, asked))

@@ -6,12 +6,14 @@ Imports torch, tyro and pydantic only inside the functions that need them, so th
 import concurrent.futures
 import contextlib
 import dataclasses
+import errno
 import functools
 import hashlib
 import io
 import json
 import os
 import re
+import secrets
 import shutil
 import signal
 import sys
@@ -27,10 +29,16 @@ from typing import Annotated
 # ---------------------------------------------------------------- errors and exit codes
 
 
+ADVICE = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room on that disk, or write to another one")
+ADVICE |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "change the permissions, or choose another place")
+ADVICE |= dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY), "move it away, or choose another place")
+
+
 def describe(error: BaseException) -> str:
-    """One line for an error; the operating system's own get the file's name and the reason."""
+    """One line for an error; the operating system's own get the reason, the file's name and what to do."""
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+        where = f": {error.filename}" if error.filename else ""
+        return error.strerror + where + (f"; {ADVICE[error.errno]}" if error.errno in ADVICE else "")
     return " ".join(str(error).split())
 
 
@@ -38,6 +46,17 @@ def is_full_memory(error: BaseException) -> bool:
     """Whether Python, numpy or torch (its own kind on a GPU, a plain RuntimeError on a CPU) had no memory left."""
     full = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return full or (isinstance(error, RuntimeError) and "allocate memory" in str(error))
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors of the system, which often name no file or a temporary one, name this path."""
+    try:
+        yield
+    except OSError as error:
+        if error.strerror:
+            error.filename, error.filename2 = str(path), None
+        raise
 
 
 def report(error: BaseException) -> int:
@@ -86,6 +105,10 @@ def run_script(main: Callable[[], int | None]) -> None:
 # from here, and interactive sessions, keep their own hook.
 if sys.argv[0].endswith(".py") and Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent:
     sys.excepthook = lambda kind, error, _: sys.exit(report(error))
+    # A stream that the caller closed (`2>&-`) goes nowhere; else the next file opened would take its number, and get what C prints there.
+    for stream, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, stream) is None:
+            setattr(sys, stream, open(os.devnull, mode))  # noqa: SIM115
 
 
 def notice(message: str) -> None:
@@ -261,22 +284,33 @@ def fsync_directory(path: Path) -> None:
             os.close(descriptor)
 
 
+def temporary_path(path: Path) -> Path:
+    """A hidden name beside `path` that nobody else uses. A killed process leaves it behind, see `temporary_paths`."""
+    return path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.tmp")
+
+
+def temporary_paths(directory: Path, names: str) -> list[Path]:
+    """What stands in a directory under a temporary name for a file whose name matches the regular expression `names`."""
+    return [path for path in directory.iterdir() if re.fullmatch(rf"\.({names})\.[0-9a-f]{{16}}\.tmp", path.name)]
+
+
 def write_atomically(path: Path, write: Callable[[typing.BinaryIO], object]) -> None:
     """Write a file under a temporary name, make it durable, rename it: a reader sees the old file or the whole new one.
 
-    Raises OSError; then the temporary file is gone and the old file untouched.
+    Raises OSError that names `path`; then the temporary file is gone and the old file untouched.
     """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    fsync_directory(path.parent)
+    temporary = temporary_path(path)
+    with naming(path):
+        try:
+            with open(temporary, "xb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        fsync_directory(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -289,17 +323,30 @@ def write_json(path: Path, content: object) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-# ---------------------------------------------------------------- signals
+# ---------------------------------------------------------------- signals, and streams whose reader may go
+
+
+def ending_signals() -> list[int]:
+    """The signals that ask a process to end. A hang-up counts unless `nohup` has it ignored; Windows has none."""
+    hangup = getattr(signal, "SIGHUP", None)
+    heard = hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN
+    return [signal.SIGTERM, hangup] if heard else [signal.SIGTERM]
+
+
+def exit_on_signals() -> None:
+    """Let signals that end the process raise SystemExit, so that what was begun is cleared away."""
+    for number in ending_signals():
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
 
 
 class StopSignal:
-    """Context in which the first SIGINT or SIGTERM only sets `number`, so that work can be saved; a second one ends the process."""
+    """Context in which the first SIGINT, SIGTERM or SIGHUP only sets `number`, so that work can be saved; a second one ends the process."""
 
     def __init__(self):
         self.number: int | None = None
 
     def __enter__(self) -> "StopSignal":
-        self.previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, *ending_signals())}
         return self
 
     def __exit__(self, *_) -> None:
@@ -327,6 +374,41 @@ def interruptible(call: Callable, *arguments):
 
     threading.Thread(target=run, daemon=True).start()
     return outcome.result()
+
+
+class LastingStream:
+    """A text stream for work that must not end with its reader: once the terminal or `head` has gone, what is written goes nowhere."""
+
+    def __init__(self, stream: typing.TextIO):
+        self.stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def _or_nowhere(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())  # what the stream still holds goes there as well
+            os.close(nowhere)
+
+    def write(self, text: str) -> int:
+        self._or_nowhere(lambda: self.stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._or_nowhere(self.stream.flush)
+
+
+@contextlib.contextmanager
+def lasting_output() -> Iterator[None]:
+    """Context in which nothing fails because nobody reads stdout or stderr any more."""
+    with contextlib.redirect_stdout(LastingStream(sys.stdout)) as out, contextlib.redirect_stderr(LastingStream(sys.stderr)):
+        try:
+            yield
+        finally:
+            out.flush()
 
 
 # ---------------------------------------------------------------- the machine

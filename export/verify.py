@@ -7,16 +7,14 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from utils import fsync_directory
+from utils import fsync_directory, temporary_path
 
 import torch
 from torch import Tensor
 
-from formats.export_record import RECORD, read_record
 from models import GPT
 
 TOLERANCE = 1e-4  # how far logits of the same model may differ, in units of the largest one where that is above 1
-WORKPLACE = ".export.tmp"  # where files are written before they are verified; one left there by a killed export is deleted
 
 LoadedModel = Callable[[Tensor], Tensor]  # token ids (B, T) int64 -> logits (B, T, V) float32
 
@@ -42,31 +40,20 @@ def largest_difference(model: GPT, exported: LoadedModel) -> tuple[float, float]
     return worst, TOLERANCE * largest
 
 
-def check_target(target: Path, checkpoint: Path) -> None:
-    """Raises ValueError where an export would delete its own source, or a folder that no export of ours wrote."""
-    if checkpoint.resolve().is_relative_to(target.resolve()):
-        raise ValueError(f"{target} is what would be exported, and writing there would delete it; choose another --output")
-    if target.is_dir() and target.name not in read_record(target.parent):
-        raise ValueError(f"{target} is not in {RECORD}, so it is no export to replace; move it away or choose another --output")
-
-
 @contextlib.contextmanager
 def workplace(output: Path) -> Iterator[Path]:
     """A folder inside `output` to write in, on the same disk, deleted at the end with what was not put in place."""
-    path = output / WORKPLACE
-    shutil.rmtree(path, ignore_errors=True)
+    path = temporary_path(output / "export")
     path.mkdir()
     try:
         yield path
     finally:
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def put_in_place(written: Path, target: Path) -> None:
-    """Give a verified file or folder its name; what had this name before is replaced."""
-    if target.is_symlink():
-        target.unlink()
-    elif target.is_dir():
-        shutil.rmtree(target)  # a folder can't be renamed over another
+    """Give a verified file or folder its name; what had this name before is replaced. written: in a `workplace`."""
+    if os.path.lexists(target):
+        os.replace(target, written.with_name("former"))  # a folder can't be renamed over another
     os.replace(written, target)
     fsync_directory(target.parent)

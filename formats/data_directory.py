@@ -9,12 +9,15 @@ import contextlib
 import functools
 import hashlib
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from utils import fsync_directory, notice, write_atomically, write_json, write_text
+from utils import fsync_directory, naming, notice, write_atomically, write_json, write_text
 
 import numpy as np
 
+from formats.metrics import METRICS
+from formats.outputs import check_names, check_sources, peek_json, sole_writer
 from formats.schemas import FORMAT_VERSION, Commit, Entropy, Meta, read_json
 from formats.tokenizer import TextTokenizer, gpt2_tokenizer, load_tokenizer
 
@@ -36,26 +39,70 @@ GPT2_LARGEST_IDS = range(1000, 50_257)  # of token files that may be GPT-2's; na
 # ---------------------------------------------------------------- writing
 
 
+def written_names(directory: Path) -> set[str]:
+    """The names of our files that preparations wrote into a directory: what the next one may replace. Empty where none did."""
+    meta, plan = (peek_json(directory / name) for name in (META, COMMIT))
+    if isinstance(plan, dict) and {"new", "remove"} <= plan.keys():
+        return {*OUR_FILES}
+    if isinstance(meta, dict) and {"tokenizer_sha256", "splits"} <= meta.keys():
+        listed = meta.get("files")  # what was prepared before there were lists may hold all
+        return {name for name in OUR_FILES if name in (*listed, FORMER)} if isinstance(listed, list) else {*OUR_FILES}
+    damaged = all((directory / name).is_file() for name in ("train.bin", "val.bin", "test.bin", "tokenizer.json", META))
+    return {*OUR_FILES} if damaged else set()
+
+
+def holds_run(directory: Path) -> bool:
+    """Whether train.py wrote into a directory; formats/run_directory.py knows more, but imports torch."""
+    return (directory / METRICS).exists() or any(directory.glob("best_model.pt")) or any(directory.glob("step_*.pt"))
+
+
+def check_place(directory: Path, sources: Iterable[Path] = (), killed: bool = False) -> None:
+    """Raise ValueError where data would replace what no preparation wrote, a run, or one of the sources, which are going to be read.
+
+    killed: whether a writer was killed here, so that *.new are its.
+    """
+    ours = written_names(directory)
+    if not ours and holds_run(directory):
+        raise ValueError(f"{directory} holds a run of train.py; choose another --output")
+    passing = [COMMIT, *(f"{name}.new" for name in OUR_FILES)]
+    check_names(directory, [*OUR_FILES, *passing], ours.union(passing if ours or killed else ()), "output")
+    check_sources([directory / name for name in OUR_FILES], sources, "output")
+
+
+@contextlib.contextmanager
+def _sole_writer(directory: Path, sources: Iterable[Path] = ()) -> Iterator[None]:
+    """Hold a directory for writing, checked, with nothing begun left in it."""
+    with sole_writer(directory, "data", "output", r"[a-z_]+\.(json|png)\.new|commit\.json") as killed:
+        check_place(directory, sources, killed)
+        finish_commit(directory)
+        _discard(directory)
+        yield
+
+
 class DataDirectoryWriter(contextlib.AbstractContextManager):
     """Writes a data directory so that a crash at any moment leaves the old one or the new one.
 
     Files are written as *.new and made durable; then commit.json says that all are complete; then they are renamed, meta.json last.
     Leaving the context without `commit` discards what was written. Other files in the directory stay untouched.
+
+    sources: the files that are going to be read. Raises ValueError where another process writes to the directory, where files stand in the
+    way that no preparation wrote, and where a run is; OSError.
     """
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, sources: Iterable[Path] = ()):
         self.directory = directory
-        directory.mkdir(parents=True, exist_ok=True)
-        finish_commit(directory)
-        self._discard()
-        self.files = {split: open(self._new(f"{split}.bin"), "wb") for split in SPLITS}  # noqa: SIM115
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_sole_writer(directory, sources))
+            self.files = {split: stack.enter_context(open(self._new(f"{split}.bin"), "wb")) for split in SPLITS}
+            self._exit = stack.pop_all()
         self.hashes = {split: hashlib.sha256() for split in SPLITS}
         self.counts = {split: dict.fromkeys(COUNTS, 0) for split in SPLITS}
 
     def add(self, split: str, ids: np.ndarray, documents: int, n_bytes: int) -> None:
         """Append ids (uint16) of `documents` whole documents of n_bytes UTF-8 bytes to a split."""
         data = ids.astype(DTYPE, copy=False).tobytes()
-        self.files[split].write(data)
+        with naming(self.directory / f"{split}.bin"):
+            self.files[split].write(data)
         self.hashes[split].update(data)
         self.counts[split] = {key: n + self.counts[split][key] for key, n in zip(COUNTS, (len(ids), documents, n_bytes))}
 
@@ -75,6 +122,8 @@ class DataDirectoryWriter(contextlib.AbstractContextManager):
     def commit(self, tokenizer: TextTokenizer, meta: dict, extra: dict[str, bytes] | None = None) -> dict:
         """Make what was added the directory's content, with further files of ours; returns the whole meta.json. Raises ValueError."""
         self.check()
+        extra = extra or {}
+        new = [name for name in OUR_FILES if name.endswith(".bin") or name in ("tokenizer.json", META, *extra)]
         meta = {
             "format_version": FORMAT_VERSION,
             "dtype": "uint16",
@@ -82,45 +131,65 @@ class DataDirectoryWriter(contextlib.AbstractContextManager):
             "eot_id": tokenizer.eot_id,
             "tokenizer_sha256": tokenizer.sha256,
             "splits": {split: self.counts[split] | {"sha256": self.hashes[split].hexdigest()} for split in SPLITS},
+            "files": new,
         } | meta
-        for file in self.files.values():
-            file.flush()
-            os.fsync(file.fileno())
-        extra = extra or {}
+        for split, file in self.files.items():
+            with naming(self.directory / f"{split}.bin"):
+                file.flush()
+                os.fsync(file.fileno())
         write_text(self._new("tokenizer.json"), tokenizer.json)
         for name, content in extra.items():
             write_atomically(self._new(name), lambda file, content=content: file.write(content))
         write_json(self._new(META), meta)
-        new = [name for name in OUR_FILES if name.endswith(".bin") or name in ("tokenizer.json", META, *extra)]
-        write_json(self.directory / COMMIT, {"new": new, "remove": [name for name in OUR_FILES if name not in new]})
-        finish_commit(self.directory)
+        _commit(self.directory, new)
         return meta
 
     def __exit__(self, *_) -> None:
-        for file in self.files.values():
-            file.close()
-        if not (self.directory / COMMIT).exists():
-            self._discard()
+        with self._exit:
+            for file in self.files.values():
+                with contextlib.suppress(OSError):  # a full disk is known by now
+                    file.close()
+            if not (self.directory / COMMIT).exists():
+                _discard(self.directory)
 
     def _new(self, name: str) -> Path:
         return self.directory / f"{name}.new"
 
-    def _discard(self) -> None:
-        for name in OUR_FILES:
-            self._new(name).unlink(missing_ok=True)
+
+def move_data(source: Path, target: Path) -> None:
+    """Make a prepared directory's files the content of another directory, as a preparation of it would. Files that are mapped stay so."""
+    with _sole_writer(target):
+        new = [name for name in OUR_FILES if (source / name).exists()]
+        for name in new:
+            os.replace(source / name, target / f"{name}.new")
+        _commit(target, new)
+
+
+def _commit(directory: Path, new: list[str]) -> None:
+    """Make *.new, which are durable, the directory's content. new: their final names."""
+    write_json(directory / COMMIT, {"new": new, "remove": [name for name in OUR_FILES if name not in new]})
+    finish_commit(directory)
+
+
+def _discard(directory: Path) -> None:
+    for name in OUR_FILES:
+        (directory / f"{name}.new").unlink(missing_ok=True)
 
 
 def finish_commit(directory: Path) -> None:
-    """Finish a commit that was begun: rename its new files, delete old files that have no successor."""
+    """Finish a commit that was begun: rename its new files, delete old files that have no successor. Raises ValueError, OSError."""
     marker = directory / COMMIT
     if not marker.exists():
         return
-    plan = read_json(marker, Commit, f"delete it and {AGAIN}")
-    new, remove = ([name for name in OUR_FILES if name in plan[key]] for key in ("new", "remove"))
-    for name in remove:
-        (directory / name).unlink(missing_ok=True)
-    for name in new:
-        with contextlib.suppress(FileNotFoundError):  # renamed before the crash, or by another reader just now
+    try:
+        plan = read_json(marker, Commit, f"delete it and {AGAIN}")
+    except FileNotFoundError:  # another reader has just finished it
+        return
+    for name in (name for name in OUR_FILES if name in plan["remove"]):
+        with naming(directory / name):
+            (directory / name).unlink(missing_ok=True)
+    for name in (name for name in OUR_FILES if name in plan["new"]):
+        with naming(directory / name), contextlib.suppress(FileNotFoundError):  # renamed before the crash, or by another reader just now
             os.replace(directory / f"{name}.new", directory / name)
     fsync_directory(directory)
     marker.unlink(missing_ok=True)

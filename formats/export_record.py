@@ -1,5 +1,7 @@
 """export.json: what was exported into a directory. What it lists may be replaced by the next export, and deleted with the run."""
 
+import os
+from collections.abc import Iterable
 from pathlib import Path, PureWindowsPath
 
 from utils import notice, write_json
@@ -9,18 +11,34 @@ from formats.schemas import ExportRecord, read_json
 RECORD = "export.json"
 
 
-def read_record(directory: Path) -> dict[str, dict]:
-    """Name -> entry of what was exported into a directory, see `add_record`. Without a record, or with a damaged one, nothing is known."""
-    path = directory / RECORD
+def _read(directory: Path, advice: str) -> dict[str, dict]:
+    """What `read_record` returns. Raises ValueError, with the advice, for what is no record of ours."""
     try:
-        files = read_json(path, ExportRecord, "what was exported before is not known any more")["files"].items()
-        # only names that stay inside the directory on every system: no separators, no drive, not `..`
-        return {name: entry for name, entry in files if name not in ("", "..") and PureWindowsPath(name).name == name}
+        files = read_json(directory / RECORD, ExportRecord, advice)["files"]
     except FileNotFoundError:
         return {}
+    # only names that stay inside the directory on every system: no separators, no drive, not `..`
+    return {name: entry for name, entry in files.items() if name not in ("", "..") and PureWindowsPath(name).name == name}
+
+
+def read_record(directory: Path) -> dict[str, dict]:
+    """Name -> entry of what was exported into a directory, see `add_record`. Without a record, or with a damaged one, nothing is known."""
+    try:
+        return _read(directory, "what was exported before is not known any more")
     except ValueError as error:
         notice(f"warning: {error}")
         return {}
+
+
+def check_exports(directory: Path, names: Iterable[str], checkpoint: Path) -> None:
+    """Raise ValueError where an export of a checkpoint under one of these names would replace that checkpoint, or what is no export."""
+    other = "move it away or choose another --output"
+    recorded = _read(directory, other)
+    for target in (directory / name for name in names):
+        if checkpoint.resolve().is_relative_to(target.resolve()):
+            raise ValueError(f"{target} is what would be exported, and writing there would delete it; choose another --output")
+        if os.path.lexists(target) and (target.name not in recorded or (target.is_dir() and target.suffix)):  # only folders have none
+            raise ValueError(f"{target} is not in {RECORD}, so it is no export to replace; {other}")
 
 
 def add_record(directory: Path, name: str, entry: dict) -> None:

@@ -6,7 +6,7 @@ import os
 import zlib
 from pathlib import Path
 
-from utils import notice, write_atomically
+from utils import naming, notice, write_atomically
 
 from formats.schemas import MetricsLine, check, read_file
 
@@ -29,7 +29,7 @@ class MetricsLog:
             if len(beginning) != state["bytes"] or zlib.crc32(beginning) != state["crc32"]:
                 raise ValueError(f"{source} was changed since the checkpoint was written; bring it back, or start with --overwrite")
         write_atomically(path, lambda file: file.write(beginning))
-        self.file = open(path, "ab")  # noqa: SIM115
+        self.path, self.file = path, open(path, "ab")  # noqa: SIM115
         self.crc = zlib.crc32(beginning)
         self.board = None
         if tensorboard_from is not None:
@@ -40,8 +40,9 @@ class MetricsLog:
     def write(self, **values) -> None:
         known = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
         line = (json.dumps(known) + "\n").encode()  # JSON has no NaN and no infinity
-        self.file.write(line)
-        self.file.flush()
+        with naming(self.path):
+            self.file.write(line)
+            self.file.flush()
         self.crc = zlib.crc32(line, self.crc)
         if self.board is None:
             return
@@ -55,11 +56,13 @@ class MetricsLog:
 
     def state(self) -> dict[str, int]:
         """Length and checksum of all lines so far, which are durable from here on."""
-        os.fsync(self.file.fileno())
+        with naming(self.path):
+            os.fsync(self.file.fileno())
         return {"bytes": self.file.tell(), "crc32": self.crc}
 
     def close(self) -> None:
-        self.file.close()
+        with naming(self.path):
+            self.file.close()
         if self.board is not None:
             self.board.close()
 

@@ -3,8 +3,10 @@
 It holds best_model.pt (weights only), step_00001000.pt (complete, resumable), metrics.jsonl, config.json, tokenizer.json, loss.png.
 """
 
+import contextlib
 import re
 import shutil
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
@@ -13,16 +15,19 @@ from utils import fsync_directory, notice
 import torch
 
 from config import GPTConfig, TrainConfig
-from formats import huggingface
-from formats.checkpoint import load_checkpoint, load_weights
+from formats import data_directory, huggingface
+from formats.checkpoint import Checkpoint, load_checkpoint, load_weights
 from formats.export_record import RECORD, read_record
 from formats.metrics import METRICS
+from formats.outputs import check_names, is_of_kind, peek_json, sole_writer
 from formats.tokenizer import TextTokenizer
 from models import GPT
 
 BEST = "best_model.pt"
 HOME = Path("checkpoints")  # where runs live unless a flag or config.py says otherwise
-WRITTEN = (BEST, METRICS, "config.json", "loss.png", "evaluation.json", "tokenizer.json", RECORD)
+CONFIG, EVALUATION, TENSORBOARD = "config.json", "evaluation.json", "tensorboard"
+WRITTEN = (BEST, METRICS, CONFIG, "loss.png", "tokenizer.json")  # what train.py writes, beside step checkpoints
+DATA, NEXT = "data", ".train.next"  # what --dataset prepares; the folder where it waits while the run is there that is to be deleted
 
 
 def step_path(run_dir: Path, step: int) -> Path:
@@ -127,6 +132,36 @@ def is_occupied(run_dir: Path) -> bool:
     return (run_dir / METRICS).exists() or (run_dir / BEST).exists() or bool(step_checkpoints(run_dir))
 
 
+def _is_checkpoint(path: Path) -> bool:
+    """Whether train.py wrote this file; it may be damaged."""
+    try:
+        return torch.load(path, mmap=True, weights_only=True).keys() >= Checkpoint.__required_keys__
+    except Exception:  # a foreign file raises a dozen kinds
+        return False
+
+
+def written_names(run_dir: Path) -> set[str]:
+    """The names in a directory that its run wrote, as its config.json lists them. Empty where no run is."""
+    config, steps = peek_json(run_dir / CONFIG), step_checkpoints(run_dir)
+    ours = isinstance(config, dict) and {"model", "train", "data"} <= config.keys()
+    if not ours and not any(map(_is_checkpoint, (run_dir / BEST, *steps))):
+        return set()
+    listed = config.get("files") if ours else None  # what was trained before there were lists may hold all
+    names = {name for name in (*WRITTEN, TENSORBOARD) if not isinstance(listed, list) or name in listed}
+    if isinstance(config, dict) and not ours:  # a checkpoint was put into somebody else's model folder
+        names -= {CONFIG, "tokenizer.json"}
+    return names | {path.name for path in steps}
+
+
+def check_place(run_dir: Path, tensorboard: bool) -> None:
+    """Raise ValueError where a run would replace what no run of ours wrote, or data."""
+    ours = written_names(run_dir)
+    if not ours and data_directory.written_names(run_dir):
+        raise ValueError(f"{run_dir} holds prepared data; choose another --out_dir")
+    names = [*WRITTEN, *[TENSORBOARD] * tensorboard, *(path.name for path in step_checkpoints(run_dir))]
+    check_names(run_dir, [*names, *([] if ours else (EVALUATION, RECORD))], ours, "out_dir", folders=(TENSORBOARD,))
+
+
 def find_resumed(resume: str | None, run_dir: Path) -> tuple[Path, dict] | None:
     """The step checkpoint that --resume asks for; None to start from the beginning. Raises FileNotFoundError, ValueError."""
     if resume is None:
@@ -164,11 +199,46 @@ def delete_old_checkpoints(run_dir: Path, keep: int | str) -> None:
             path.unlink()
 
 
+def written_paths(run_dir: Path) -> list[Path]:
+    """All that a run wrote into its directory, and what was evaluated and exported from it."""
+    names = written_names(run_dir)
+    if names and is_occupied(run_dir):
+        names |= {EVALUATION} if is_of_kind(run_dir / EVALUATION, "evaluation") else set()
+        names |= {RECORD, *recorded} if (recorded := read_record(run_dir)) else set()
+    return [run_dir / name for name in sorted(names)]
+
+
+@contextlib.contextmanager
+def sole_trainer(run_dir: Path, tensorboard: bool) -> Iterator[None]:
+    """Hold a run directory for one training; whoever only reads needs no lock. Raises ValueError where another one trains, see also
+    `check_place`."""
+    ours = "|".join(map(re.escape, WRITTEN))
+    with sole_writer(run_dir, "train", "out_dir", rf"{ours}|step_\d+\.pt"):
+        check_place(run_dir, tensorboard)
+        shutil.rmtree(run_dir / NEXT, ignore_errors=True)
+        try:
+            yield
+        finally:
+            shutil.rmtree(run_dir / NEXT, ignore_errors=True)
+
+
+def prepared_data(run_dir: Path) -> Path:
+    """Where the data of a run with --dataset is: in its own data/, or still waiting to take that one's place."""
+    waiting = run_dir / NEXT / DATA
+    return waiting if (waiting / data_directory.META).is_file() else run_dir / DATA
+
+
 def clear_run(run_dir: Path) -> None:
-    """Delete what a run wrote into its directory, and what was exported from it; other files stay."""
-    for path in [*(run_dir / name for name in (*read_record(run_dir), "tensorboard", *WRITTEN)), *step_checkpoints(run_dir)]:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-    fsync_directory(run_dir)
+    """Make room for a new run: delete what the old one wrote and what was exported from it; data that waits takes its place.
+
+    Other files stay. Raises ValueError, before anything is changed, and OSError.
+    """
+    with sole_writer(run_dir, "export", "out_dir", "export"):
+        if prepared_data(run_dir) != run_dir / DATA:
+            data_directory.move_data(prepared_data(run_dir), run_dir / DATA)
+        for path in written_paths(run_dir):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        fsync_directory(run_dir)

@@ -63,6 +63,7 @@ class Meta(Declared):
     seed: NotRequired[Seed]
     counts: NotRequired[dict[str, Natural]]
     unknown_tokens: NotRequired[dict[str, Natural]]
+    files: NotRequired[list[str]]
 
 
 class Entropy(Declared):

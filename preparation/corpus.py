@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from pathlib import Path
 from typing import NamedTuple
 
 from utils import notice, parse_weighted
@@ -155,6 +156,11 @@ class Corpus:
         rules = sorted({group.splitting.rule for group in self.groups if group.split is None})
         split = {"rule": " and ".join(rules), "val_fraction": splitting.val_fraction, "test_fraction": splitting.test_fraction}
         return {"sources": sources, "split": split}
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that are read."""
+        return [source.path for group in self.groups for source in group.sources if isinstance(source, File)]
 
     @property
     def total_bytes(self) -> int | None:

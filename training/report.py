@@ -8,7 +8,7 @@ from utils import Machine, notice, write_atomically, write_json, write_text
 from tqdm import tqdm
 
 from formats.metrics import METRICS, MetricsLog, read_metrics
-from formats.run_directory import check_branch, clear_run
+from formats.run_directory import CONFIG, TENSORBOARD, WRITTEN, check_branch, clear_run
 from models import GPT
 from training.estimates import peak_flops
 from training.learner import Learner
@@ -45,17 +45,18 @@ def announce(start: Start, model: GPT, validation: Validation, machine: Machine,
 def open_log(start: Start, learner: Learner) -> MetricsLog:
     """Make the run directory ready: cleared for a new run, the log cut to where a resumed one stood. Raises ValueError, OSError."""
     run_dir, resumed, content = start.run_dir, start.resumed, start.content()
-    run_dir.mkdir(parents=True, exist_ok=True)
+    tensorboard_from = learner.progress.step + 1 if start.config.tensorboard else None
     if resumed is None:
         clear_run(run_dir)
     else:
         check_branch(resumed[0], run_dir)
+        log = MetricsLog(run_dir / METRICS, (resumed[0].parent / METRICS, resumed[1]["resume"]["metrics"]), tensorboard_from)
     config = {"model": content["model_config"], "train": content["train_config"], "data": dict(zip(start.names, content["data"]))}
     config |= {"init_from": content["init_from"], "environment": learner.environment()}
-    write_json(run_dir / "config.json", config)  # for people, never read back
+    config |= {"files": [*WRITTEN, *[TENSORBOARD] * start.config.tensorboard]}  # what may be deleted with the run, and the step checkpoints
+    write_json(run_dir / CONFIG, config)  # for people
     write_text(run_dir / "tokenizer.json", content["tokenizer"])
-    earlier = (resumed[0].parent / METRICS, resumed[1]["resume"]["metrics"]) if resumed else None
-    return MetricsLog(run_dir / METRICS, earlier, learner.progress.step + 1 if start.config.tensorboard else None)
+    return log if resumed is not None else MetricsLog(run_dir / METRICS, None, tensorboard_from)
 
 
 class StepLog:

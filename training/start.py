@@ -17,6 +17,7 @@ from config import FINE_TUNING, PRESETS, GPTConfig, TrainConfig, model_config, t
 from formats import huggingface
 from formats.checkpoint import load_checkpoint
 from formats.data_directory import DataDirectory
+from formats.outputs import output_path
 from formats.run_directory import BEST, HOME, is_finished, is_occupied, load_content, newest_checkpoint, read_tokenizer
 from formats.tokenizer import KINDS, TextTokenizer, gpt2_tokenizer, load_tokenizer
 from training.data_order import TrainingData
@@ -124,7 +125,7 @@ def run_directory(args: Arguments, asked: dict[str, object]) -> Path:
         path = Path(args.resume)
         return path.parent if path.suffix == ".pt" else path
     if args.train.out_dir is not None:
-        return Path(args.train.out_dir)
+        return output_path(args.train.out_dir, "out_dir")
     if args.dataset is not None:
         return HOME / Path(args.dataset).stem
     directories = [Path(parse_weighted(text)[0]) for text in args.train.data_dir]
@@ -186,12 +187,13 @@ def fix_length(config: TrainConfig, keep_warmup: bool, data: TrainingData) -> Tr
 
 def read_source(name: str) -> dict:
     """The model that `--init_from NAME` means, as the content of a checkpoint with an `origin`, its name and a hash of its
-    weights, and the `folder` that holds its tokenizer.
+    weights, the `path` of its file or folder if it is on this machine, and the `folder` that holds its tokenizer.
 
     NAME is whatever --checkpoint takes, or gpt2, gpt2-medium from the Hugging Face hub. Raises FileNotFoundError, ValueError.
     """
     if name in HUB_NAMES and not Path(name).exists():
-        content, folder = huggingface.load_folder(download(name)), name
+        path, folder = None, name
+        content = huggingface.load_folder(download(name))
     else:
         path, content = load_content(name)
         folder = path if path.is_dir() else path.parent
@@ -199,7 +201,7 @@ def read_source(name: str) -> dict:
     digest = hashlib.sha256()
     for key, weight in sorted(content["model"].items()):
         digest.update(key.encode() + weight.contiguous().numpy().tobytes())
-    return content | {"origin": {"name": name, "sha256": digest.hexdigest()}, "folder": str(folder)}
+    return content | {"origin": {"name": name, "sha256": digest.hexdigest()}, "path": path, "folder": str(folder)}
 
 
 def download(name: str) -> Path:
