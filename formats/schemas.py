@@ -6,7 +6,7 @@ A schema is a TypedDict, so that what was read stays plain dictionaries and list
 import functools
 import reprlib
 from pathlib import Path
-from typing import Annotated, Literal, NotRequired
+from typing import Annotated, Any, Literal, NotRequired
 
 from utils import Natural, NonNegative, Seed
 
@@ -145,7 +145,7 @@ class AddedToken(Part):
 
 
 class TokenizerModel(Part):
-    vocab: dict[str, Natural] | list[JsonValue]
+    vocab: dict[str, Natural] | list[Any]
 
 
 class TokenizerFile(Part):

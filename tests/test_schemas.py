@@ -108,7 +108,7 @@ def test_what_prepare_data_writes_passes(data, tmp_path):
     assert set(read_all(data)["splits"]) == {"train", "val", "test"}
     (tmp_path / "s.txt").write_text("".join(f"a line {i} é\n" for i in range(300)))
     flags = {"input": (str(tmp_path / "s.txt"),), "max_documents": 250, "max_tokens": 10**6, "output": str(tmp_path / "other")}
-    prepare_data.prepare(prepare_data.Arguments(**flags, tokenizer="word", vocab_size=50))
+    prepare_data.prepare(prepare_data.Arguments(**flags, tokenizer="word", vocab_size=50, report=False))
     assert "unknown_tokens" in DataDirectory(tmp_path / "other").meta and read_all(tmp_path / "other")
 
 
@@ -228,7 +228,7 @@ def test_a_resumed_run_keeps_its_tokenizer(data, tmp_path, mistake):
     (data / "meta.json").unlink()
     flags = tiny(data_dir=data, out_dir=tmp_path / "run", max_steps=2, checkpoint_interval=1, eval_tokens=200)
     assert train.main(flags) == 0
-    (data / "tokenizer.json").write_text(train_bpe(["other text", "of others"] * 3, 512).json)
+    edit(data / "tokenizer.json", replace(normalizer={"type": "Lowercase"}))
     longer = [word if word != "2" or flags[i - 1] != "--max_steps" else "4" for i, word in enumerate(flags)]
     assert "another tokenizer" in mistake("train.py", *longer, "--resume", "auto", cwd=tmp_path)
 
@@ -341,7 +341,7 @@ def test_results_that_are_not_finite_are_never_written(contents, sample_dir, tra
     """Finite weights too large for float32's products."""
     content = copy.deepcopy(contents["best_model.pt"])
     content["model"]["ln_f.weight"] *= 1e38
-    content["model"]["wte.weight"] *= 1e30
+    content["model"]["wte.weight"] *= 1e4
     torch.save(content, tmp_path / "large.pt")
     for name, *arguments in (
         ("evaluate.py", "--checkpoint", tmp_path / "large.pt"),
@@ -707,7 +707,7 @@ def mutations(draw, original: dict) -> str:
     return text[: draw(st.integers(0, len(text)))] if draw(st.integers(0, 9)) == 0 else text
 
 
-FUZZ = hypothesis.settings(max_examples=60, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
+FUZZ = hypothesis.settings(max_examples=40, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
 
 
 @FUZZ
