@@ -180,6 +180,21 @@ def test_names_that_are_not_utf8(tmp_path):
 # ---------------------------------------------------------------- names and advice
 
 
+NAMES = ["input", "output", "separator", "text_field"]
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"), [("prepare_data.py", [*NAMES, "tokenizer", "dataset", "val_input"]), ("tokenizer_train.py", NAMES)]
+)
+def test_an_unset_variable(tmp_path, mistake, script, flags):
+    """`--input "$FILES"` must not read the whole directory."""
+    write_stories(tmp_path / "s.txt", STORIES)
+    for flag in flags:
+        given = [] if flag in ("input", "dataset") else ["--input", "s.txt"]
+        stderr = mistake(script, *given, f"--{flag}", "", cwd=tmp_path)
+        assert flag in stderr and "empty" in stderr and [path.name for path in tmp_path.iterdir()] == ["s.txt"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
