@@ -41,7 +41,7 @@ def test_numbers_that_are_not_finite(value):
         with pytest.raises(ValueError) as caught:
             config(**mine)
         assert str(caught.value).count(f"={float(value)} must be") == len(mine)
-    with pytest.raises(ValueError, match="weight_decay=.*must be"):
+    with pytest.raises(ValueError, match=r"weight_decay=.*must be"):
         training.start.read_arguments([f"--weight_decay={value}"], None)
 
 
