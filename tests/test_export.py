@@ -1,7 +1,10 @@
 """export_model.py: what is exported computes what the model computes, or it is not kept; and nothing else is deleted for it."""
 
 import json
+import os
 import shutil
+
+import utils
 
 import numpy as np
 import onnx
@@ -10,8 +13,12 @@ import pytest
 import torch
 
 import export_model
+from config import GPTConfig
+from export.graphs import write_onnx, write_torchscript
+from export.verify import example_ids, largest_difference
 from formats.export_record import RECORD, add_record, read_record
 from formats.run_directory import load_model
+from models import GPT
 from tests.conftest import tiny
 
 
@@ -121,6 +128,70 @@ def test_the_source_is_never_the_target(trained_run, tmp_path, mistake):
         stderr = mistake("export_model.py", "--checkpoint", source, "--format", "hf", "--output", models, cwd=tmp_path)
         assert "is what would be exported" in stderr
     assert (models / "hf" / "model.safetensors").is_file() and (models / "hf" / "best_model.pt").is_file()
+
+
+ARCHITECTURES = [{"arch": "gpt2"}, {"arch": "gpt2", "flash": False}, {"arch": "qwen3", "n_kv_head": 1}, {"arch": "qwen3", "flash": False}]
+
+
+@pytest.mark.parametrize("shape", ARCHITECTURES, ids=str)
+def test_torchscript_follows_the_device_of_its_input(tmp_path, shape):
+    """A device in the graph, from the machine that traced it, would end it anywhere else. Constants without dimensions go everywhere."""
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=100, **shape)).eval()
+    loaded = write_torchscript(model, None, tmp_path / "model.ts.pt")
+    ids = torch.randint(100, (3, 17))
+    assert torch.allclose(loaded(ids), model(ids)[0], atol=1e-6)
+    code, constants = loaded.code_with_constants
+    assert "device=_" in code and '"cpu"' not in code and "cpu" not in str(loaded.inlined_graph)
+    assert all(value.dim() == 0 for value in vars(constants)["const_mapping"].values())
+
+
+def test_the_tolerance_grows_with_the_logits():
+    model = GPT(GPTConfig.nano(n_layer=1, n_embd=32, block_size=16, vocab_size=100)).eval()
+    for scale, allowed in ((0.0, 1e-4), (1e4, None)):
+        model.ln_f.weight.data.fill_(scale)
+        largest = max(1.0, max(model(example_ids(model, *shape))[0].abs().max().item() for shape in ((1, 1), (3, 16), (1, 16))))
+        difference, tolerance = largest_difference(model, lambda ids, model=model, by=largest: model(ids)[0] + 5e-5 * by)
+        assert tolerance == pytest.approx(allowed or 1e-4 * largest) and difference == pytest.approx(tolerance / 2, rel=1e-2)
+    assert largest > 100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["small", "medium"])
+@pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
+@pytest.mark.parametrize("write", [write_onnx, write_torchscript])
+def test_large_models_with_large_logits_pass(tmp_path, preset, arch, write):
+    """Random weights with logits of about 100, as published GPT-2 has them."""
+    torch.manual_seed(0)
+    model = GPT(getattr(GPTConfig, preset)(arch=arch, vocab_size=5000)).eval()
+    with torch.inference_mode():
+        logits = model(example_ids(model, 1, 64))[0]
+    model.ln_f.weight.data.mul_(100 / logits.abs().max())
+    difference, allowed = largest_difference(model, write(model, None, tmp_path / "model"))
+    print(f"{preset} {arch} {write.__name__}: {difference:.2e}, allowed {allowed:.2e}")
+    assert difference <= allowed and allowed > 5e-3
+
+
+FAST_FORMATS = ["torchscript", "hf", pytest.param("onnx", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("format", FAST_FORMATS)
+def test_a_full_disk_ends_an_export_and_leaves_nothing(trained_run, small_disk, mistake, format):
+    (small_disk / "mine").write_bytes(bytes(600_000))
+    assert "No space left on device" in mistake(
+        "export_model.py", "--checkpoint", trained_run, "--format", format, "--output", small_disk, cwd=small_disk
+    )
+    assert [path.name for path in small_disk.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("format", FAST_FORMATS)
+def test_an_interrupted_export_leaves_nothing(trained_run, tmp_path, monkeypatch, format):
+    def interrupt(descriptor):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(SystemExit) as code:
+        utils.run_script(lambda: export_model.main(["--checkpoint", str(trained_run), "--format", format, "--output", str(tmp_path)]))
+    assert code.value.code == 130 and not list(tmp_path.iterdir())
 
 
 def test_mistakes_are_one_sentence(mistake, trained_run, tmp_path):
