@@ -127,7 +127,8 @@ def sole_writer(directory: Path, kind: str, flag: str, temporary: str) -> Iterat
         finally:
             try:
                 if whole or not killed:  # else the next writer has to know too
-                    path.unlink(missing_ok=True)
+                    with contextlib.suppress(OSError):  # Windows deletes no open file, and filelock does it there
+                        path.unlink()
             finally:
                 lock.release()
     finally:

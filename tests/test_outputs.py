@@ -113,8 +113,9 @@ def test_a_file_in_the_way_is_refused_before_any_work(tmp_path, text, trained_ru
 def test_the_directory_of_a_file_must_be_there(tmp_path, text, run, sample_dir, refused, script, arguments):
     shutil.copytree(sample_dir, tmp_path / "d")
     assert "there is no directory missing" in refused(script, *arguments, "--output", "missing/e.json")
-    for source in ("run/best_model.pt", "d/val.bin", "run/metrics.jsonl", "run/config.json", "d/meta.json"):
+    for source in ("d/val.bin", "run/metrics.jsonl", "run/config.json", "d/meta.json"):
         assert "is there already" in refused(script, *arguments, "--output", source)
+    assert "this command reads it" in refused(script, *arguments, "--output", "run/best_model.pt")
 
 
 def test_an_evaluation_replaces_an_evaluation_and_nothing_beside_it(tmp_path, text, run, refused):

@@ -8,7 +8,7 @@ from utils import Machine, notice, write_atomically, write_json, write_text
 from tqdm import tqdm
 
 from formats.metrics import METRICS, MetricsLog, read_metrics
-from formats.run_directory import CONFIG, TENSORBOARD, WRITTEN, check_branch, clear_run
+from formats.run_directory import CONFIG, TENSORBOARD, WRITTEN, check_branch, clear_run, written_names
 from models import GPT
 from training.estimates import peak_flops
 from training.learner import Learner
@@ -53,8 +53,9 @@ def open_log(start: Start, learner: Learner) -> MetricsLog:
         log = MetricsLog(run_dir / METRICS, (resumed[0].parent / METRICS, resumed[1]["resume"]["metrics"]), tensorboard_from)
     config = {"model": content["model_config"], "train": content["train_config"], "data": dict(zip(start.names, content["data"]))}
     config |= {"init_from": content["init_from"], "environment": learner.environment()}
-    config |= {"files": [*WRITTEN, *[TENSORBOARD] * start.config.tensorboard]}  # what may be deleted with the run, and the step checkpoints
-    write_json(run_dir / CONFIG, config)  # for people
+    boards = start.config.tensorboard or (TENSORBOARD in written_names(run_dir) and (run_dir / TENSORBOARD).exists())
+    config |= {"files": [*WRITTEN, *[TENSORBOARD] * boards]}  # with the step checkpoints, what --overwrite may delete
+    write_json(run_dir / CONFIG, config)  # for people, but for this list
     write_text(run_dir / "tokenizer.json", content["tokenizer"])
     return log if resumed is not None else MetricsLog(run_dir / METRICS, None, tensorboard_from)
 
