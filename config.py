@@ -144,7 +144,7 @@ class TrainConfig(Checked):
     batch_size: Size = 32
     """Windows of block_size tokens in one forward pass (the micro-batch)."""
     gradient_accumulation_steps: Size = 4
-    """Forward passes added up to one optimizer step. The effective batch is batch_size times this, on any number of processes."""
+    """Forward passes added up to one optimizer step. The effective batch is batch_size times this, over all processes together."""
     max_steps: Count = 100_000
     """Optimizer steps of the whole run."""
     epochs: Annotated[float, Gt(0), Le(1e6)] | None = None

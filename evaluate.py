@@ -4,7 +4,7 @@
     python evaluate.py --checkpoint checkpoints/stories --data_dir ./data_stories --split val test
     python evaluate.py --checkpoint best_model.pt --text story.txt --output metrics.json
 
-Computed in float32 over the whole split: each token is predicted exactly once, so the figures do not depend on the batch size.
+Computed in float32 over the whole split: each token is predicted exactly once.
 """
 
 import itertools
@@ -41,7 +41,7 @@ class Arguments(Checked):
     """Splits of each data directory: train, val, test."""
     form: Format = field(default_factory=Format)
     batch_size: Count = 32
-    """Windows in one forward pass; does not change the results."""
+    """Windows in one forward pass; changes the results by no more than the last bits of float32."""
     stride: Count | None = None
     """Windows overlap and move on by this many tokens: more context for each prediction, more time. Default: block_size, no overlap."""
     verify_data: bool = False
