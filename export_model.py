@@ -4,7 +4,7 @@
     python export_model.py --format onnx torchscript
     python export_model.py --checkpoint checkpoints/stories --format hf --output ./exported
 
-onnx         best_model.onnx: one file, input_ids (batch, length) int64 -> logits (batch, length, vocabulary) float32, any batch, length up to block_size
+onnx         best_model.onnx: one file, input_ids (batch, length) int64 -> logits (batch, length, vocabulary) float32
 torchscript  best_model.ts.pt: the same function for torch.jit.load, in Python or C++ without this repository
 hf           hf/: a folder for transformers (AutoModelForCausalLM, AutoTokenizer) and all that reads its GPT-2 and Qwen3
 """

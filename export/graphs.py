@@ -1,4 +1,4 @@
-"""The network as a graph that runs without this repository: token ids (B, T) int64 -> logits (B, T, V) float32, any batch, T up to block_size."""
+"""The network as a graph that runs without this repository: token ids (B, T) int64 -> logits (B, T, V) float32, T up to block_size."""
 
 import contextlib
 import io
