@@ -23,7 +23,7 @@ from export.graphs import write_onnx, write_torchscript
 from export.hf_folder import write_hf
 from export.verify import largest_difference, put_in_place, workplace
 from formats.export_record import add_record, check_exports
-from formats.outputs import output_path, sole_writer
+from formats.outputs import sole_writer
 from formats.run_directory import find_checkpoint, load_model
 
 # name -> what the file or folder is called ({} stands for the checkpoint's name without its ending), and what writes and reloads it
@@ -90,7 +90,7 @@ def export(checkpoint: str | Path, formats: Iterable[str], output: Path | None) 
 def main(argv: list[str] | None = None) -> int:
     args = read_command_line(Arguments, argv, __doc__, aliases={"model_path": "checkpoint"})
     exit_on_signals()
-    return 0 if export(args.checkpoint, args.format, None if args.output is None else output_path(args.output, "output")) else 1
+    return 0 if export(args.checkpoint, args.format, None if args.output is None else Path(args.output)) else 1
 
 
 if __name__ == "__main__":

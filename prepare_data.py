@@ -25,7 +25,6 @@ from annotated_types import Ge, Gt, Lt
 from tqdm import tqdm
 
 from formats.data_directory import ENTROPY, META, SPLITS, DataDirectory, DataDirectoryWriter
-from formats.outputs import output_path
 from formats.tokenizer import KINDS, TextTokenizer, load_tokenizer
 from preparation import portrait
 from preparation.cleaning import Cleaning, Splitting
@@ -115,11 +114,10 @@ def prepare(args: Arguments, tokenizer: TextTokenizer | None = None) -> dict:
 
     tokenizer: what the path `args.tokenizer` is going to hold, where it is not written yet.
     """
-    output = output_path(args.output, "output")
     if args.kind not in KINDS and tokenizer is None:
         load_tokenizer(args.kind)  # a mistyped name should fail before the text is read
     corpus = find_corpus(args)
-    with DataDirectoryWriter(output, corpus.files) as writer:
+    with DataDirectoryWriter(Path(args.output), corpus.files) as writer:
         return encode(args, corpus, tokenizer or choose_tokenizer(args, corpus), writer)
 
 

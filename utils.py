@@ -244,7 +244,8 @@ def parse_flags(kind: type, words: list[str], doc: str | None, default=None):
         text = re.split(r"Argument helptext:|For full helptext", re.sub(r"^Error parsing (?!--)\w+: ", "", text))[0].strip()
         if "Missing value" in text:
             text = text.removesuffix(".") + "; write a value that begins with - as --name=VALUE"
-        raise ValueError(text.removesuffix(".") + ". See --help.") from None
+        text = text.removesuffix(".")
+        raise ValueError(f"{text}{'' if text.endswith('?') else '.'} See --help.") from None
 
 
 def read_command_line(kind: type, argv: list[str] | None, doc: str | None, aliases: dict[str, str] | None = None):

@@ -48,7 +48,9 @@ def write_data(cwd: Path) -> None:
     for split, n in (("train", 500_000), ("val", 4_000)):
         rng.randint(0, VOCABULARY, n).astype("<u2").tofile(cwd / "bench" / f"{split}.bin")
     words = {EOT: 0} | {f"t{i}": i for i in range(1, VOCABULARY)}
-    Tokenizer(models.WordLevel(words, unk_token=EOT)).save(str(cwd / "tokenizer.json"))
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token=EOT))
+    tokenizer.add_special_tokens([EOT])
+    tokenizer.save(str(cwd / "tokenizer.json"))
 
 
 def measure(rounds: int, steps: int, device: str, checkout: Path | None, cwd: Path) -> None:

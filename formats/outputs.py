@@ -20,17 +20,6 @@ LARGEST = 2**28  # bytes of a JSON file that could be ours
 HOUR = 3600  # seconds; no write takes longer, so an older temporary file was left by a killed process
 
 
-def output_path(name: str, flag: str) -> Path:
-    """What a flag names as a place to write. Raises ValueError for an empty name, and for one that can't be printed and recorded."""
-    if not name.strip():
-        raise ValueError(f"--{flag} is empty; name a place to write, or leave it out")
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"--{flag} {name!r} is not UTF-8 text; choose another name") from None
-    return Path(name)
-
-
 def peek_json(path: Path) -> object:
     """The content of a JSON file; None for whatever can't be read as one."""
     try:
@@ -69,7 +58,7 @@ def output_file(name: str, kind: str, sources: Iterable[Path], make_parents: boo
 
     Raises ValueError where writing there would fail, or replace anything but an earlier file of the same kind.
     """
-    path = output_path(name, "output")
+    path = Path(name)
     parent = path.parent
     while make_parents and not parent.exists():
         parent = parent.parent

@@ -47,10 +47,10 @@ def is_compiled(objective) -> bool:
 
 def test_a_resumed_run_keeps_its_decision_on_compilation(tmp_path, sample_dir):
     """Or the rest of its weights would differ in the last bits."""
-    flags = tiny(data_dir=sample_dir, out_dir=tmp_path / "run", max_steps=2)
-    train.main(flags)
+    values = {"data_dir": sample_dir, "out_dir": tmp_path / "run"}
+    train.main(tiny(**values, max_steps=2))
     path = tmp_path / "run" / "step_00000002.pt"
-    args, asked = read_arguments([*flags, "--max_steps=3", "--resume=auto"], None)
+    args, asked = read_arguments(tiny(**values, max_steps=3, resume="auto"), None)
     directories, weights = open_directories(args.train.data_dir, None)
     for earlier in ("True", "False"):
         content = load_checkpoint(path)

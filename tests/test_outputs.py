@@ -73,7 +73,7 @@ def run(tmp_path, trained_run) -> Path:
 
 IN_THE_WAY = {
     "": ("is empty", lambda path: None),
-    "bad\udcff.json": ("is not UTF-8 text", lambda path: None),
+    "bad\udcff.json": ("is not UTF-8", lambda path: None),
     "folder": ("is a directory", lambda path: path.mkdir()),
     "new/": ("is a directory", lambda path: None),
     "link.json": ("symbolic link", lambda path: path.symlink_to("elsewhere.json")),
@@ -187,7 +187,7 @@ def test_data_goes_neither_into_a_run_nor_over_a_file(tmp_path, text, run, refus
     (run / "tokenizer.json").unlink()
     assert "holds a run" in refused("prepare_data.py", *prepare("run"))
     assert "s.txt is not a directory" in refused("prepare_data.py", *prepare("s.txt"))
-    assert "--output is empty" in refused("prepare_data.py", *prepare(""))
+    assert "output is empty" in refused("prepare_data.py", *prepare(""))
     assert "not UTF-8" in refused("prepare_data.py", *prepare("d\udcff"))
     (tmp_path / "nowhere").symlink_to("missing")
     assert "is not a directory" in refused("prepare_data.py", *prepare("nowhere"))
@@ -340,7 +340,7 @@ def test_an_export_replaces_no_file_of_others(tmp_path, run, sample_dir, refused
     assert f"{name} is " in refused("export_model.py", "--checkpoint", "run", "--output", "o")
     arguments = tiny(data_dir=sample_dir, out_dir="run", max_steps=40, eval_interval=15, checkpoint_interval=10)
     assert f"{name} is " in refused("train.py", *arguments, "--resume", "auto", "--export", "onnx")
-    assert "--output is empty" in refused("export_model.py", "--checkpoint", "run", "--output", "")
+    assert "output is empty" in refused("export_model.py", "--checkpoint", "run", "--output", "")
     assert "is not a directory" in refused("export_model.py", "--checkpoint", "run", "--output", "run/best_model.pt")
 
 

@@ -697,8 +697,10 @@ def mutations(draw, original: dict) -> str:
                 break
             place = place[key]
         action = draw(st.sampled_from(["replace", "delete", "add"]))
-        if action == "add" or key is None:
-            place[draw(st.text(max_size=8))] = draw(VALUES) if isinstance(place, dict) else None
+        if isinstance(place, list) and (action == "add" or key is None):
+            place.append(draw(VALUES))
+        elif action == "add" or key is None:
+            place[draw(st.text(max_size=8))] = draw(VALUES)
         elif action == "delete":
             del place[key]
         else:

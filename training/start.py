@@ -17,7 +17,6 @@ from config import FINE_TUNING, PRESETS, GPTConfig, TrainConfig, model_config, t
 from formats import huggingface
 from formats.checkpoint import load_checkpoint
 from formats.data_directory import DataDirectory
-from formats.outputs import output_path
 from formats.run_directory import BEST, HOME, is_finished, is_occupied, load_content, newest_checkpoint, read_tokenizer
 from formats.tokenizer import KINDS, TextTokenizer, gpt2_tokenizer, load_tokenizer
 from training.data_order import TrainingData
@@ -125,7 +124,7 @@ def run_directory(args: Arguments, asked: dict[str, object]) -> Path:
         path = Path(args.resume)
         return path.parent if path.suffix == ".pt" else path
     if args.train.out_dir is not None:
-        return output_path(args.train.out_dir, "out_dir")
+        return Path(args.train.out_dir)
     if args.dataset is not None:
         return HOME / Path(args.dataset).stem
     directories = [Path(parse_weighted(text)[0]) for text in args.train.data_dir]
