@@ -11,14 +11,14 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from utils import Checked, Count, choose_device, notice, read_command_line, run_script, write_json
+from utils import Checked, Count, choose_device, notice, read_command_line, run_script
 
 import numpy as np
 import tyro
 
 from evaluation.measures import check_finite, score_tokens, why_no_bits_per_byte
 from formats.data_directory import DTYPE, DataDirectory
-from formats.outputs import output_file
+from formats.outputs import output_file, write_json
 from formats.run_directory import find_checkpoint, load_model
 
 

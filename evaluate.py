@@ -12,13 +12,13 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from utils import Checked, Count, choose_device, notice, read_command_line, run_script, write_json
+from utils import Checked, Count, choose_device, notice, read_command_line, run_script
 
 import numpy as np
 
 from evaluation.measures import Score, check_finite, score_tokens, summarize, text_bytes, why_no_bits_per_byte
 from formats.data_directory import DTYPE, DataDirectory
-from formats.outputs import output_file
+from formats.outputs import output_file, write_json
 from formats.run_directory import EVALUATION, find_checkpoint, load_model
 from formats.tokenizer import TextTokenizer
 from models import GPT

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from utils import Checked, Count, Text, interruptible, notice, read_command_line, run_script, write_text
+from utils import Checked, Count, Text, interruptible, notice, read_command_line, run_script
 
 import numpy as np
 
-from formats.outputs import output_file
+from formats.outputs import output_file, write_text
 from formats.tokenizer import TextTokenizer, bytes_of_token, gpt2_tokenizer
 from preparation.cleaning import Cleaning, Splitting
 from preparation.corpus import Limits, open_corpus

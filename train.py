@@ -17,18 +17,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from utils import (
-    LostProcess,
-    Machine,
-    StopSignal,
-    choose_device,
-    exit_on_signals,
-    explained_failures,
-    flag_types,
-    lasting_output,
-    notice,
-    run_script,
-)
+from utils import StopSignal, choose_device, exit_on_signals, flag_types, lasting_output, notice, run_script
 
 import torch
 from tqdm import tqdm
@@ -57,6 +46,7 @@ from models import GPT
 from training.data_order import Batches
 from training.estimates import fitting_batch
 from training.learner import Learner
+from training.machine import LostProcess, Machine, explained_failures
 from training.pace import duration, make_objective
 from training.processes import Processes
 from training.report import StepLog, announce, open_log, plot_losses

@@ -1,4 +1,4 @@
-"""What all stages share at run time: errors, checked fields, the command line, whole files, signals, and the machine.
+"""What all stages share at run time: errors, checked fields, the command line, signals, the device.
 
 Imports torch, tyro and pydantic only inside the functions that need them, so that preparation starts fast.
 """
@@ -10,18 +10,14 @@ import errno
 import functools
 import hashlib
 import io
-import json
 import os
 import re
-import secrets
-import shutil
 import signal
 import sys
 import threading
 import traceback
 import typing
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated
@@ -46,17 +42,6 @@ def is_full_memory(error: BaseException) -> bool:
     """Whether Python, numpy or torch (its own kind on a GPU, a plain RuntimeError on a CPU) had no memory left."""
     full = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return full or (isinstance(error, RuntimeError) and "allocate memory" in str(error))
-
-
-@contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Errors of the system, which often name no file or a temporary one, name this path."""
-    try:
-        yield
-    except OSError as error:
-        if error.strerror:
-            error.filename, error.filename2 = str(path), None
-        raise
 
 
 def report(error: BaseException) -> int:
@@ -272,58 +257,6 @@ def derived_seed(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest(), "big") >> 1
 
 
-# ---------------------------------------------------------------- files
-
-
-def fsync_directory(path: Path) -> None:
-    """Make renames in a directory durable, where the system can (Windows cannot open directories)."""
-    if os.name == "posix":
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def temporary_path(path: Path) -> Path:
-    """A hidden name beside `path` that nobody else uses. A killed process leaves it behind, see `temporary_paths`."""
-    return path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.tmp")
-
-
-def temporary_paths(directory: Path, names: str) -> list[Path]:
-    """What stands in a directory under a temporary name for a file whose name matches the regular expression `names`."""
-    return [path for path in directory.iterdir() if re.fullmatch(rf"\.({names})\.[0-9a-f]{{16}}\.tmp", path.name)]
-
-
-def write_atomically(path: Path, write: Callable[[typing.BinaryIO], object]) -> None:
-    """Write a file under a temporary name, make it durable, rename it: a reader sees the old file or the whole new one.
-
-    Raises OSError that names `path`; then the temporary file is gone and the old file untouched.
-    """
-    temporary = temporary_path(path)
-    with naming(path):
-        try:
-            with open(temporary, "xb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        fsync_directory(path.parent)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file atomically. Raises OSError."""
-    write_atomically(path, lambda file: file.write(text.encode()))
-
-
-def write_json(path: Path, content: object) -> None:
-    """Write a JSON file for people and programs, atomically. Raises OSError."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
 # ---------------------------------------------------------------- signals, and streams whose reader may go
 
 
@@ -428,97 +361,3 @@ def choose_device(requested: str) -> str:
     if kind == "cuda" and index:
         torch.cuda.set_device(int(index))
     return requested
-
-
-def choose_precision(device: str, requested: str):
-    """The one place that decides the precision of forward and backward passes: (torch dtype, reason for people).
-
-    Weights and optimizer state stay float32. Raises ValueError for a precision that the device can't train in.
-    """
-    import torch
-
-    kind = device.partition(":")[0]
-    if requested != "auto":
-        if requested == "float16" and kind != "cuda":
-            raise ValueError(f"dtype='float16' needs a CUDA GPU, not {device}; pass --dtype bfloat16 or float32")
-        return getattr(torch, requested), "as asked"
-    if kind == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.bfloat16, "this GPU computes in bfloat16"
-        return torch.float16, "this GPU has no bfloat16; float16 with a loss scaler"
-    if kind == "cpu":
-        checks = (getattr(torch.cpu, name, lambda: False) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-        if any(check() for check in checks):
-            return torch.bfloat16, "this CPU has bfloat16 instructions"
-        return torch.float32, "this CPU has no bfloat16 instructions"
-    return torch.float32, f"the safe choice on {kind}"
-
-
-def choose_compile(device: str, requested: bool | str) -> tuple[bool | None, str]:
-    """Whether to use torch.compile, and why; None where that is to be measured. Without a C++ compiler a CPU runs eagerly and says so."""
-    kind = device.partition(":")[0]
-    if kind == "cpu" and requested is not False and not any(map(shutil.which, (os.environ.get("CXX") or "g++", "g++", "clang++"))):
-        return False, "no C++ compiler found"
-    if requested != "auto":
-        return bool(requested), "as asked"
-    if kind == "cuda":
-        from torch.utils._triton import has_triton
-
-        return (True, "it pays on a GPU") if has_triton() else (False, "this GPU or machine has no Triton")
-    return (None, "to be measured") if kind == "cpu" else (False, f"untried on {kind}")
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Where and how a run computes, decided once, with reasons for people.
-
-    dtype: torch's, of forward and backward passes; compile: None as long as it is to be measured; compile_seconds: what it took.
-    """
-
-    device: str
-    dtype: typing.Any
-    dtype_reason: str
-    compile: bool | None
-    compile_reason: str
-    compile_seconds: float = 0.0
-
-    @classmethod
-    def choose(cls, device: str, dtype: str, compile: bool | str) -> "Machine":
-        """device: as choose_device gave it. Raises ValueError."""
-        return cls(device, *choose_precision(device, dtype), *choose_compile(device, compile))
-
-    @property
-    def kind(self) -> str:
-        """cpu, cuda or mps."""
-        return self.device.partition(":")[0]
-
-    @property
-    def dtype_name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
-
-    def autocast(self):
-        """The context of forward passes. Weights stay float32."""
-        import torch
-
-        return torch.autocast(self.kind, dtype=self.dtype, enabled=self.dtype != torch.float32)
-
-
-class LostProcess(RuntimeError):
-    """Another of the processes that train together has ended."""
-
-
-@contextlib.contextmanager
-def explained_failures(device: str, advice: str, processes: int = 1) -> Iterator[None]:
-    """What torch raises for a full memory becomes a ValueError with advice, and for another process that is gone a LostProcess."""
-    import torch
-
-    try:
-        yield
-    except RuntimeError as error:
-        text = describe(error)
-        if is_full_memory(error):
-            raise ValueError(f"the memory of {device} is full; {advice}") from None
-        if processes > 1 and (isinstance(error, torch.distributed.DistError) or "gloo" in text or "NCCL" in text):
-            lost = f"rank {os.environ.get('RANK')}: another process of this run has ended or can't be reached"
-            raise LostProcess(f"{lost}; start it again with --resume auto ({text[:100]})") from None
-        raise

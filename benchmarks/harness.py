@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from utils import Machine
+from training.machine import Machine
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -6,12 +6,11 @@ import logging
 import warnings
 from pathlib import Path
 
-from utils import write_atomically
-
 import torch
 from torch import Tensor, nn
 
 from export.verify import LoadedModel, example_ids
+from formats.outputs import write_atomically
 from formats.tokenizer import TextTokenizer
 from models import GPT
 

@@ -2,12 +2,11 @@
 
 from pathlib import Path
 
-from utils import write_atomically, write_json, write_text
-
 from safetensors.torch import save
 
 from export.verify import LoadedModel
 from formats.huggingface import hf_config, to_hf
+from formats.outputs import write_atomically, write_json, write_text
 from formats.tokenizer import EOT, PADDING, UNKNOWN, TextTokenizer
 from models import GPT
 

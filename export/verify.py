@@ -7,11 +7,10 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from utils import fsync_directory, temporary_path
-
 import torch
 from torch import Tensor
 
+from formats.outputs import fsync_directory, temporary_path
 from models import GPT
 
 TOLERANCE = 1e-4  # how far logits of the same model may differ, in units of the largest one where that is above 1

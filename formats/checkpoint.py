@@ -5,7 +5,7 @@ import zipfile
 from pathlib import Path
 from typing import Annotated, NotRequired
 
-from utils import Natural, describe, write_atomically
+from utils import Natural, describe
 
 import torch
 from annotated_types import Ge
@@ -13,6 +13,7 @@ from pydantic import AllowInfNan
 from torch import Tensor
 
 from config import GPTConfig, TrainConfig
+from formats.outputs import write_atomically
 from formats.schemas import FORMAT_VERSION, Declared, Version, check
 from models import GPT
 

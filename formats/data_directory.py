@@ -12,12 +12,22 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from utils import fsync_directory, naming, notice, write_atomically, write_json, write_text
+from utils import notice
 
 import numpy as np
 
 from formats.metrics import METRICS
-from formats.outputs import check_names, check_sources, peek_json, sole_writer
+from formats.outputs import (
+    check_names,
+    check_sources,
+    fsync_directory,
+    naming,
+    peek_json,
+    sole_writer,
+    write_atomically,
+    write_json,
+    write_text,
+)
 from formats.schemas import FORMAT_VERSION, Commit, Entropy, Meta, read_json
 from formats.tokenizer import TextTokenizer, gpt2_tokenizer, load_tokenizer
 

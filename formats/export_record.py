@@ -4,8 +4,9 @@ import os
 from collections.abc import Iterable
 from pathlib import Path, PureWindowsPath
 
-from utils import notice, write_json
+from utils import notice
 
+from formats.outputs import write_json
 from formats.schemas import ExportRecord, read_json
 
 RECORD = "export.json"

@@ -6,8 +6,9 @@ import os
 import zlib
 from pathlib import Path
 
-from utils import naming, notice, write_atomically
+from utils import notice
 
+from formats.outputs import naming, write_atomically
 from formats.schemas import MetricsLine, check, read_file
 
 METRICS = "metrics.jsonl"

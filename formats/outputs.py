@@ -7,12 +7,12 @@ import contextlib
 import json
 import os
 import re
+import secrets
 import shutil
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
-
-from utils import naming, temporary_paths
+from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 
@@ -28,7 +28,70 @@ def peek_json(path: Path) -> object:
         return None
 
 
-# ---------------------------------------------------------------- files
+# ---------------------------------------------------------------- whole files
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors of the system, which often name no file or a temporary one, name this path."""
+    try:
+        yield
+    except OSError as error:
+        if error.strerror:
+            error.filename, error.filename2 = str(path), None
+        raise
+
+
+def fsync_directory(path: Path) -> None:
+    """Make renames in a directory durable, where the system can (Windows cannot open directories)."""
+    if os.name == "posix":
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def temporary_path(path: Path) -> Path:
+    """A hidden name beside `path` that nobody else uses. A killed process leaves it behind, see `temporary_paths`."""
+    return path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.tmp")
+
+
+def temporary_paths(directory: Path, names: str) -> list[Path]:
+    """What stands in a directory under a temporary name for a file whose name matches the regular expression `names`."""
+    return [path for path in directory.iterdir() if re.fullmatch(rf"\.({names})\.[0-9a-f]{{16}}\.tmp", path.name)]
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file under a temporary name, make it durable, rename it: a reader sees the old file or the whole new one.
+
+    Raises OSError that names `path`; then the temporary file is gone and the old file untouched.
+    """
+    temporary = temporary_path(path)
+    with naming(path):
+        try:
+            with open(temporary, "xb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        fsync_directory(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file atomically. Raises OSError."""
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write a JSON file for people and programs, atomically. Raises OSError."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+# ---------------------------------------------------------------- files that --output names
 
 
 def _rows_with(content: object, keys: set[str]) -> bool:

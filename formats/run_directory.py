@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
-from utils import fsync_directory, notice
+from utils import notice
 
 import torch
 
@@ -19,7 +19,7 @@ from formats import data_directory, huggingface
 from formats.checkpoint import Checkpoint, load_checkpoint, load_weights
 from formats.export_record import RECORD, read_record
 from formats.metrics import METRICS
-from formats.outputs import check_names, is_of_kind, peek_json, sole_writer
+from formats.outputs import check_names, fsync_directory, is_of_kind, peek_json, sole_writer
 from formats.tokenizer import TextTokenizer
 from models import GPT
 

@@ -2,14 +2,13 @@
 
 from dataclasses import replace
 
-from utils import Machine
-
 import pytest
 
 import train
 from formats.checkpoint import load_checkpoint
 from models import GPT
 from tests.conftest import tiny
+from training.machine import Machine
 from training.pace import make_objective
 from training.processes import Processes
 from training.start import make_start, open_directories, read_arguments

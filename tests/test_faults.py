@@ -8,8 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from utils import Machine
-
 import numpy as np
 import pytest
 import torch
@@ -21,6 +19,7 @@ from models import GPT
 from tests.conftest import ROOT, tiny
 from tests.runs import assert_same_run, start, wait_for_lines
 from training import estimates
+from training.machine import Machine
 from training.processes import Processes
 
 

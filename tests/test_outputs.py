@@ -10,8 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-import utils
-from utils import describe, naming
+from utils import describe
 
 import pytest
 
@@ -20,11 +19,11 @@ import export_model
 import prepare_data
 import tokenizer_train
 import train
-from formats import data_directory
+from formats import data_directory, outputs
 from formats.data_directory import DataDirectory, DataDirectoryWriter, finish_commit
 from formats.export_record import add_record
 from formats.metrics import read_metrics
-from formats.outputs import output_file, sole_writer
+from formats.outputs import naming, output_file, sole_writer
 from formats.run_directory import clear_run, newest_checkpoint, sole_trainer, written_names
 from tests.conftest import ROOT, tiny
 
@@ -152,7 +151,7 @@ def test_what_a_killed_process_left_is_removed_after_an_hour(tmp_path):
 
 
 def test_a_file_gets_the_usual_permissions_and_any_long_name(tmp_path):
-    utils.write_text(tmp_path / ("n" * 250), "ours")
+    outputs.write_text(tmp_path / ("n" * 250), "ours")
     (tmp_path / "usual").write_text("")
     assert (tmp_path / ("n" * 250)).stat().st_mode == (tmp_path / "usual").stat().st_mode
 
@@ -392,7 +391,7 @@ def test_a_directory_that_stays_empty_is_removed(tmp_path):
 
 
 def test_one_writer_does_not_touch_the_temporary_files_of_another_kind(tmp_path):
-    paths = [utils.temporary_path(tmp_path / name) for name in ("best_model.pt", "evaluation.json", "export")]
+    paths = [outputs.temporary_path(tmp_path / name) for name in ("best_model.pt", "evaluation.json", "export")]
     for path in paths:
         path.write_text("")
     with sole_trainer(tmp_path, False):
@@ -408,7 +407,7 @@ def full(*_):
 
 def test_a_full_disk_names_the_file_and_what_to_do(tmp_path):
     with pytest.raises(OSError) as caught:
-        utils.write_atomically(tmp_path / "e.json", full)
+        outputs.write_atomically(tmp_path / "e.json", full)
     assert describe(caught.value) == f"No space left on device: {tmp_path / 'e.json'}; make room on that disk, or write to another one"
     with pytest.raises(OSError) as caught, DataDirectoryWriter(tmp_path / "d") as writer:
         writer.files["val"] = open("/dev/full", "wb", buffering=0)  # noqa: SIM115

@@ -7,8 +7,6 @@ import signal
 import subprocess
 import sys
 
-from utils import Machine
-
 import pytest
 import torch
 
@@ -24,6 +22,7 @@ from tests.conftest import ROOT, tiny
 from tests.runs import assert_same_run, lines, start, wait_for_lines
 from training.data_order import Batches, TrainingData
 from training.learner import Learner, passes_of_step
+from training.machine import Machine
 from training.processes import Processes
 from training.step import training_step
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from config import GPTConfig
+from formats import outputs
+from training import machine
 
 
 @dataclass(frozen=True)
@@ -69,39 +71,39 @@ def test_mistakes_become_one_sentence(words, part):
 
 def test_atomic_write_leaves_the_old_file_when_writing_fails(tmp_path):
     path = tmp_path / "file"
-    utils.write_atomically(path, lambda file: file.write(b"old"))
+    outputs.write_atomically(path, lambda file: file.write(b"old"))
 
     def fail(file):
         file.write(b"new")
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space"):
-        utils.write_atomically(path, fail)
+        outputs.write_atomically(path, fail)
     assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_precision_is_decided_with_a_reason(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
-    assert utils.choose_precision("cpu", "auto")[0] == torch.bfloat16
+    assert machine.choose_precision("cpu", "auto")[0] == torch.bfloat16
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False, raising=False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
-    assert utils.choose_precision("cpu", "auto")[0] == torch.float32
-    assert utils.choose_precision("cpu", "bfloat16") == (torch.bfloat16, "as asked")
+    assert machine.choose_precision("cpu", "auto")[0] == torch.float32
+    assert machine.choose_precision("cpu", "bfloat16") == (torch.bfloat16, "as asked")
     with pytest.raises(ValueError, match="float16"):
-        utils.choose_precision("cpu", "float16")
+        machine.choose_precision("cpu", "float16")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    assert utils.choose_precision("cuda", "auto")[0] == torch.float16
+    assert machine.choose_precision("cuda", "auto")[0] == torch.float16
 
 
 def test_compile_is_decided_with_a_reason(monkeypatch):
     monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)
-    assert utils.choose_compile("cuda", "auto")[0] is True and utils.choose_compile("mps", "auto")[0] is False
+    assert machine.choose_compile("cuda", "auto")[0] is True and machine.choose_compile("mps", "auto")[0] is False
     monkeypatch.setattr("torch.utils._triton.has_triton", lambda: False)
-    assert utils.choose_compile("cuda", "auto")[0] is False
-    monkeypatch.setattr(utils.shutil, "which", lambda name: "/usr/bin/" + name)
-    assert utils.choose_compile("cpu", "auto")[0] is None  # to be measured
-    monkeypatch.setattr(utils.shutil, "which", lambda name: None)
-    assert utils.choose_compile("cpu", True) == (False, "no C++ compiler found")
+    assert machine.choose_compile("cuda", "auto")[0] is False
+    monkeypatch.setattr(machine.shutil, "which", lambda name: "/usr/bin/" + name)
+    assert machine.choose_compile("cpu", "auto")[0] is None  # to be measured
+    monkeypatch.setattr(machine.shutil, "which", lambda name: None)
+    assert machine.choose_compile("cpu", True) == (False, "no C++ compiler found")
 
 
 def test_a_device_that_is_not_there_is_refused():

@@ -3,13 +3,12 @@
 import contextlib
 from pathlib import Path
 
-from utils import Machine
-
 import torch
 
 from config import GPTConfig, TrainConfig
 from models import CHUNK, GPT, GPU_CHUNK
 from training.learner import passes_of_step
+from training.machine import Machine
 from training.processes import Processes
 
 # Bytes kept for the backward pass per token and block, in units of n_embd and of the MLP's width: measured (MEASUREMENTS.md).

@@ -6,7 +6,7 @@ import math
 import sys
 from typing import NamedTuple
 
-from utils import Machine, notice
+from utils import notice
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from tqdm import tqdm
 from config import TrainConfig
 from formats.checkpoint import load_weights
 from models import GPT, NextTokenLoss
+from training.machine import Machine
 from training.optimizers import make_optimizers
 from training.processes import Processes
 

@@ -4,12 +4,13 @@ import statistics
 import time
 from dataclasses import replace
 
-from utils import Machine, notice
+from utils import notice
 
 import numpy as np
 import torch
 
 from models import GPT, NextTokenLoss
+from training.machine import Machine
 from training.processes import Processes
 from training.start import Start
 

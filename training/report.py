@@ -3,15 +3,17 @@
 import warnings
 from pathlib import Path
 
-from utils import Machine, notice, write_atomically, write_json, write_text
+from utils import notice
 
 from tqdm import tqdm
 
 from formats.metrics import METRICS, MetricsLog, read_metrics
+from formats.outputs import write_atomically, write_json, write_text
 from formats.run_directory import CONFIG, TENSORBOARD, WRITTEN, check_branch, clear_run, written_names
 from models import GPT
 from training.estimates import peak_flops
 from training.learner import Learner
+from training.machine import Machine
 from training.optimizers import lr_factor
 from training.start import Start
 from training.validation import Validation
