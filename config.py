@@ -211,7 +211,7 @@ class TrainConfig(Checked):
 # nano's and mini's values were measured (MEASUREMENTS.md). The larger ones follow a rule and are unmeasured: the AdamW part's peak
 # falls with the width, from 3e-3 at 384 on the cautious side (6e-4 at 512, 3e-4 at 1024), Muon's stays, warmup is the default.
 SHORT = {"gradient_accumulation_steps": 1, "warmup_steps": 100, "lr_schedule": "linear", "final_lr_fraction": 0.0}
-NANO = {"batch_size": 2, "max_steps": 2800, "learning_rate": 1e-2, "muon_learning_rate": 0.01, "eval_interval": 400, "eval_tokens": 50_000}
+NANO = {"batch_size": 2, "max_steps": 1600, "learning_rate": 1e-2, "muon_learning_rate": 0.01, "eval_interval": 400, "eval_tokens": 50_000}
 PRESETS = {
     "nano": (GPTConfig.nano, SHORT | NANO | {"checkpoint_interval": 400}),
     "mini": (GPTConfig.mini, SHORT | {"batch_size": 16, "max_steps": 5_000, "learning_rate": 3e-3, "muon_learning_rate": 0.01}),
