@@ -76,7 +76,8 @@ def report(error: BaseException) -> int:
 def run_script(main: Callable[[], int | None]) -> None:
     """Run a script's main and exit: 0, 2 with one line for the user's mistake, 1 or 128 + signal as main decides."""
     try:
-        code = main()
+        with exiting_on_signals():
+            code = main()
     except (Exception, KeyboardInterrupt) as error:
         code = report(error)
     sys.exit(code)
@@ -302,10 +303,15 @@ def ending_signals() -> list[int]:
     return [signal.SIGTERM, hangup] if heard else [signal.SIGTERM]
 
 
-def exit_on_signals() -> None:
-    """Let signals that end the process raise SystemExit, so that what was begun is cleared away."""
-    for number in ending_signals():
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+@contextlib.contextmanager
+def exiting_on_signals() -> Iterator[None]:
+    """Context in which signals that end the process raise SystemExit, so that what was begun is cleared away."""
+    previous = {number: signal.signal(number, lambda number, _: sys.exit(128 + number)) for number in ending_signals()}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 class StopSignal:
