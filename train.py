@@ -191,8 +191,8 @@ def read_inputs(args: Arguments, asked: dict[str, object], run_dir: Path, proces
     resumed = find_resumed(args.resume, run_dir)
     source = read_source(args.init_from) if args.init_from is not None and resumed is None else None
     if args.overwrite:
-        sources = [*[source["path"]] * bool(source and source["path"]), *[Path(args.dataset)] * bool(args.dataset)]
-        check_sources(written_paths(run_dir), sources, "out_dir")
+        sources = [source and source["path"], args.dataset]
+        check_sources(written_paths(run_dir), [Path(path) for path in sources if path], "out_dir")
     if args.dataset is None:
         return make_start(args, asked, resumed, source, *open_directories(args.train.data_dir, args.tokenizer))
     if processes.first and not (resumed is not None and (run_dir / DATA / META).is_file()):
