@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from utils import Checked, exit_on_signals, notice, read_command_line, run_script
+from utils import Checked, notice, read_command_line, run_script
 
 import torch
 
@@ -89,7 +89,6 @@ def export(checkpoint: str | Path, formats: Iterable[str], output: Path | None) 
 
 def main(argv: list[str] | None = None) -> int:
     args = read_command_line(Arguments, argv, __doc__, aliases={"model_path": "checkpoint"})
-    exit_on_signals()
     return 0 if export(args.checkpoint, args.format, None if args.output is None else Path(args.output)) else 1
 
 

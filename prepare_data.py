@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from utils import Checked, Count, Seed, exit_on_signals, notice, read_command_line, run_script
+from utils import Checked, Count, Seed, notice, read_command_line, run_script
 
 from annotated_types import Ge, Gt, Lt
 from tqdm import tqdm
@@ -231,7 +231,6 @@ def advice_for(flags: Collection[str]) -> Iterator[None]:
 
 def main(argv: list[str] | None = None) -> int:
     args = read_command_line(Arguments, argv, __doc__)
-    exit_on_signals()
     meta = prepare(args)
     print(f"{args.output}: {meta['vocab_size']} token ids, tokenizer {meta['tokenizer_sha256'][:12]}")
     for split, counts in meta["splits"].items():

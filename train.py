@@ -17,7 +17,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from utils import StopSignal, choose_device, exit_on_signals, flag_types, lasting_output, notice, run_script
+from utils import StopSignal, choose_device, flag_types, lasting_output, notice, run_script
 
 import torch
 from tqdm import tqdm
@@ -241,7 +241,6 @@ def main(argv: list[str] | None = None) -> int:
         import export_model
 
         export_model.check_formats(args.export)
-    exit_on_signals()
     processes = Processes()
     device = processes.start(choose_device(args.train.device))
     half = max(1, args.train.batch_size // 2)

@@ -80,7 +80,8 @@ def run_script(main: Callable[[], int | None]) -> None:
         if isinstance(stream, io.TextIOWrapper):  # None where it is closed. What the terminal's encoding lacks must not end the program
             stream.reconfigure(errors="strict" if stream is sys.stdin else "backslashreplace")
     try:
-        code = main()
+        with exiting_on_signals():
+            code = main()
     except (Exception, KeyboardInterrupt) as error:
         code = report(error)
     sys.exit(code)
@@ -267,10 +268,15 @@ def ending_signals() -> list[int]:
     return [signal.SIGTERM, hangup] if heard else [signal.SIGTERM]
 
 
-def exit_on_signals() -> None:
-    """Let signals that end the process raise SystemExit, so that what was begun is cleared away."""
-    for number in ending_signals():
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+@contextlib.contextmanager
+def exiting_on_signals() -> Iterator[None]:
+    """Context in which signals that end the process raise SystemExit, so that what was begun is cleared away."""
+    previous = {number: signal.signal(number, lambda number, _: sys.exit(128 + number)) for number in ending_signals()}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 class StopSignal:

@@ -107,7 +107,7 @@ KINDS = {
     "tokenizer": lambda content: {"model", "added_tokens"} <= content.keys(),
 }
 # in a directory with one of these, tokenizer.json belongs to them
-OWNERS_OF_TOKENIZERS = ("meta.json", "config.json", "best_model.pt", "metrics.jsonl")
+OWNERS_OF_TOKENIZERS = ("meta.json", "metrics.jsonl", "best_model.pt", "*.safetensors*")
 
 
 def is_of_kind(path: Path, kind: str) -> bool:
@@ -136,7 +136,7 @@ def output_file(name: str, kind: str, sources: Iterable[Path], make_parents: boo
         f"it is there already and no {kind} of ours": path.is_file() and path.stat().st_size and not is_of_kind(path, kind),
         f"it belongs to what is in {parent}": kind == "tokenizer"
         and path.exists()
-        and any((parent / owner).exists() for owner in OWNERS_OF_TOKENIZERS),
+        and any(next(parent.glob(owner), None) for owner in OWNERS_OF_TOKENIZERS),
     }
     for problem, there in problems.items():
         if there:

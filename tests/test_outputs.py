@@ -352,7 +352,7 @@ def test_missing_packages_are_told_before_a_training(tmp_path, sample_dir, refus
 
 
 @pytest.mark.parametrize("kind", ["data", "train", "export"])
-def test_a_second_writer_is_refused_and_a_killed_one_is_not_in_the_way(tmp_path, text, trained_run, sample_dir, mistake, kind):
+def test_a_second_writer_is_refused_and_a_killed_one_is_not_in_the_way(tmp_path, text, trained_run, sample_dir, mistake, monkeypatch, kind):
     arguments = {
         "data": ["prepare_data.py", *prepare("o")],
         "train": ["train.py", *tiny(data_dir=sample_dir, out_dir="o", max_steps=1)],
@@ -376,7 +376,7 @@ with sole_writer(Path({str(tmp_path / "o")!r}), {kind!r}, "output", "x"):
     process.kill()
     process.wait()
     if kind == "data":
-        os.chdir(tmp_path)
+        monkeypatch.chdir(tmp_path)
         assert prepare_data.main(prepare("o")) == 0
         assert sorted(os.listdir("o")) == ["meta.json", "test.bin", "tokenizer.json", "train.bin", "val.bin"]
     else:
