@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from config import GPTConfig
 
-PREVIOUS_TOKEN_BLOCKS = 2  # so many first blocks of a new qwen3 have a head that starts as a previous-token head
 IGNORE = -1  # a target with this value adds nothing to the loss
 
 
@@ -157,7 +156,7 @@ class GPT(nn.Module):
     def init_weights(self) -> None:
         """GPT-2's initialisation: N(0, 0.02), residual projections scaled by 1/sqrt(2 n_layer), biases 0, norms 1.
 
-        In qwen3 the first head of the first blocks starts as a previous-token head.
+        In qwen3 the first head of every block starts as a previous-token head.
         """
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
@@ -170,7 +169,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def start_previous_token_heads(self) -> None:
-        """Let head 0 of the first blocks attend to the token before, at the start of training; it is free to learn something else.
+        """Let head 0 of every block attend to the token before, at the start of training; it is free to learn something else.
 
         Such heads are what induction heads build on, which copy what followed a token earlier (Olsson et al. 2022, "In-context Learning
         and Induction Heads"); from random weights they take hundreds of steps to appear. Weights that begin near what training finds
@@ -185,7 +184,7 @@ class GPT(nn.Module):
         fast = (torch.arange(D // 2) < max(1, D // 8)).float()
         key = torch.cat((fast, torch.zeros_like(fast)))
         query = torch.cat((fast * frequencies.cos(), -fast * frequencies.sin()))  # the key one position back
-        for block in self.h[:PREVIOUS_TOKEN_BLOCKS]:
+        for block in self.h:
             rows = block.attn.c_attn.weight
             rows[:D] = 0.02 * query[:, None]
             rows[config.n_embd : config.n_embd + D] = 0.02 * key[:, None]
