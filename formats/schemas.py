@@ -28,6 +28,12 @@ class Declared(TypedDict):
     __pydantic_config__ = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid", arbitrary_types_allowed=True)
 
 
+class Extensible(TypedDict, total=False):
+    """Base of schemas whose files may say more than we read back: what is declared must be of its type."""
+
+    __pydantic_config__ = ConfigDict(strict=True, allow_inf_nan=False, extra="allow")
+
+
 # ---------------------------------------------------------------- what the files hold
 
 
@@ -81,7 +87,7 @@ class Commit(Declared):
     remove: list[str]
 
 
-class Exported(Declared, total=False):
+class Exported(Extensible, total=False):
     """What export.json says of one file or folder."""
 
     format: str
@@ -94,10 +100,8 @@ class ExportRecord(Declared):
     files: dict[str, Exported]
 
 
-class Measures(TypedDict, total=False):
-    """Measures of a validation split in metrics.jsonl; null where a number was not finite or not known. Further ones may follow."""
-
-    __pydantic_config__ = ConfigDict(strict=True, allow_inf_nan=False, extra="allow")
+class Measures(Extensible, total=False):
+    """Measures of a validation split in metrics.jsonl; null where a number was not finite or not known."""
 
     loss: float | None
     perplexity: float | None
