@@ -103,6 +103,7 @@ class DataDirectoryWriter(contextlib.AbstractContextManager):
         self.directory = directory
         with contextlib.ExitStack() as stack:
             stack.enter_context(_sole_writer(directory, sources))
+            stack.callback(self._discard_unfinished)
             self.files = {split: stack.enter_context(open(self._new(f"{split}.bin"), "wb")) for split in SPLITS}
             self._exit = stack.pop_all()
         self.hashes = {split: hashlib.sha256() for split in SPLITS}
@@ -159,8 +160,10 @@ class DataDirectoryWriter(contextlib.AbstractContextManager):
             for file in self.files.values():
                 with contextlib.suppress(OSError):  # a full disk is known by now
                     file.close()
-            if not (self.directory / COMMIT).exists():
-                _discard(self.directory)
+
+    def _discard_unfinished(self) -> None:
+        if not (self.directory / COMMIT).exists():
+            _discard(self.directory)
 
     def _new(self, name: str) -> Path:
         return self.directory / f"{name}.new"

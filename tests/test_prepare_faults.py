@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import prepare_data
-from formats.data_directory import OUR_FILES, DataDirectory
+from formats.data_directory import OUR_FILES, DataDirectory, finish_commit
 from tests.conftest import ROOT
 from tests.runs import start, write_stories
 from tests.test_prepare import STORIES
@@ -122,6 +122,7 @@ def signal_the_group(source, old, undisturbed, seeds: range) -> None:
         stderr = process.communicate(timeout=120)[1]
         ended = process.returncode if process.returncode >= 0 else 128 - process.returncode  # so a shell calls a death by signal
         assert ended in (0, 128 + number), (seed, stderr)
+        finish_commit(old)  # as the next reader does, where the signal fell among the renames
         assert content(old) == after if ended == 0 else content(old) in (before, after), seed
         assert not processes_that_name(str(old)), seed
         assert (old / "notes.txt").read_text() == "mine", seed

@@ -348,8 +348,10 @@ def test_changed_metrics_are_noticed(tmp_path, trained_run, sample_dir, script):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_poisons_nothing(tmp_path, sample_dir, script):
-    arguments = tiny(data_dir=sample_dir, out_dir=tmp_path / "run", max_steps=40, eval_interval=1, checkpoint_interval=1)
-    process = script("train.py", *arguments, *["--grad_clip", 0, "--learning_rate", 1000, "--weight_decay", 1000], code=1)
+    arguments = tiny(
+        data_dir=sample_dir, out_dir=tmp_path / "run", max_steps=40, eval_interval=1, checkpoint_interval=1, learning_rate=1000
+    )
+    process = script("train.py", *arguments, "--grad_clip", 0, "--weight_decay", 1000, code=1)
     assert "no finite loss" in process.stderr and "learning rates" in process.stderr
     best = tmp_path / "run" / "best_model.pt"
     if best.exists():
