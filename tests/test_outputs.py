@@ -418,8 +418,16 @@ def test_a_full_disk_names_the_file_and_what_to_do(tmp_path):
     assert str(tmp_path / "x") in describe(caught.value)
 
 
+@pytest.fixture
+def hang_ups_heard():
+    """As in a terminal; a test suite under nohup would ignore them."""
+    previous = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, previous)
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="this system has no hang-ups")
-def test_a_hang_up_saves_everything_unless_it_is_ignored(tmp_path, sample_dir, monkeypatch):
+def test_a_hang_up_saves_everything_unless_it_is_ignored(tmp_path, sample_dir, monkeypatch, hang_ups_heard):
     original = train.training_step
 
     def step(learner, batches, number, stopped):
