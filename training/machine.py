@@ -11,7 +11,7 @@ from utils import describe, is_full_memory
 import torch
 
 
-def choose_precision(device: str, requested: str):
+def choose_precision(device: str, requested: str) -> tuple[torch.dtype, str]:
     """The one place that decides the precision of forward and backward passes: (torch dtype, reason for people).
 
     Weights and optimizer state stay float32. Raises ValueError for a precision that the device can't train in.
@@ -77,7 +77,6 @@ class Machine:
 
     def autocast(self):
         """The context of forward passes. Weights stay float32."""
-
         return torch.autocast(self.kind, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
 

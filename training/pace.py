@@ -14,8 +14,8 @@ from training.machine import Machine
 from training.processes import Processes
 from training.start import Start
 
-# Seconds of training without compilation from which on `compile auto` tries it: where it was measured on CPUs, compiling took 20 to 60
-# seconds and made training 1.2 to 1.6 times as fast (MEASUREMENTS.md).
+# Seconds of training without compilation from which on `compile auto` tries it. Compiling took 23 seconds on a CPU and made training 1.6
+# times as fast (MEASUREMENTS.md, section 4); 1.2 times would win back 20 seconds of 120.
 WORTH_COMPILING = 120
 LONG_ON_CPU = 6 * 3600  # seconds
 
