@@ -1,0 +1,87 @@
+"""evaluation.npz: what a model scored item by item (documents of held-out text, items of a task), beside evaluation.json. No torch.
+
+Runs are compared item by item, so the scores are kept. They are found again by content: what has the same key isn't computed again.
+"""
+
+import hashlib
+import io
+import json
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from pydantic import JsonValue
+
+from formats.outputs import write_atomically
+from formats.schemas import Declared, Sha256, check, read_file
+
+SCORES = "evaluation.npz"
+INDEX = "index"  # the array with the JSON that describes all others
+ADVICE = "delete it; evaluate.py writes it again"
+
+
+@dataclass(frozen=True, eq=False)
+class ItemScores:
+    """The scores of one model on one set of items.
+
+    key: hash of model, items and method; equal keys mean equal scores. items: hash of the items alone, whatever the tokenizer: models
+    that have the same can be compared item by item. kind: text (items are documents) or task. summary: the measures of the whole set, as
+    evaluation.json has them. columns: (items,) each; for text nats (float64, the document's end included), bytes (int64, of its text),
+    tokens (int64); for a task correct and whatever else its metrics are (float64).
+    """
+
+    key: str
+    items: str
+    kind: str
+    summary: dict
+    columns: dict[str, np.ndarray]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+
+class _Entry(Declared):
+    key: Sha256
+    items: Sha256
+    kind: str
+    summary: dict[str, JsonValue]
+    columns: list[str]
+
+
+def content_hash(*parts: object) -> str:
+    """SHA-256 of bytes and plain values, one after the other."""
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part if isinstance(part, bytes) else json.dumps(part, sort_keys=True).encode()
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()
+
+
+def write_scores(path: Path, sets: dict[str, ItemScores]) -> None:
+    """Write sets of scores by their names, atomically. Raises OSError."""
+    names = ("key", "items", "kind", "summary")
+    index = {name: {key: getattr(s, key) for key in names} | {"columns": [*s.columns]} for name, s in sets.items()}
+    arrays = {f"{i}/{column}": values for i, s in enumerate(sets.values()) for column, values in s.columns.items()}
+    arrays[INDEX] = np.frombuffer(json.dumps(index, allow_nan=False).encode(), np.uint8)
+    write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
+
+
+def read_scores(path: Path) -> dict[str, ItemScores]:
+    """The sets of an evaluation.npz; none if it isn't there. Raises ValueError for a damaged file."""
+    if not path.exists():
+        return {}
+    try:
+        with np.load(io.BytesIO(read_file(path)), allow_pickle=False) as arrays:
+            arrays = {name: arrays[name] for name in arrays.files}
+        index = arrays[INDEX].tobytes()
+    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zipfile.zlib.error) as error:
+        raise ValueError(f"{path} is damaged; {ADVICE}") from error
+    sets = {}
+    for i, (name, entry) in enumerate(check(index, dict[str, _Entry], path, ADVICE).items()):
+        columns = {column: arrays.get(f"{i}/{column}") for column in entry["columns"]}
+        shapes = {None if values is None else values.shape for values in columns.values()}
+        if len(shapes) != 1 or len(next(iter(shapes)) or ()) != 1 or not all(np.isfinite(values).all() for values in columns.values()):
+            raise ValueError(f"{path} is damaged: the scores of {name} don't fit together; {ADVICE}")
+        sets[name] = ItemScores(entry["key"], entry["items"], entry["kind"], entry["summary"], columns)
+    return sets
