@@ -16,8 +16,9 @@ from utils import Checked, Count, choose_device, notice, read_command_line, run_
 import numpy as np
 import tyro
 
-from evaluation.measures import check_finite, score_tokens, why_no_bits_per_byte
-from formats.data_directory import DTYPE, DataDirectory
+from evaluation.held_out import Scorer, from_texts, read_texts
+from evaluation.measures import why_no_bits_per_byte
+from formats.data_directory import DataDirectory
 from formats.outputs import output_file, write_json
 from formats.run_directory import find_checkpoint, load_model
 
@@ -60,22 +61,17 @@ def read_documents(data: DataDirectory, split: str, limit: int | None) -> list[s
     reason = why_no_bits_per_byte(data.tokenizer, tokens)
     if reason:
         raise ValueError(f"{data.name} can't be compared on: {reason}; prepare it with a byte-level tokenizer, e.g. --tokenizer bpe")
-    ends = np.flatnonzero(tokens == data.tokenizer.eot_id)
-    if not len(ends) or ends[-1] + 1 < len(tokens):  # nanoGPT's files don't end with an EOT
-        ends = np.append(ends, len(tokens))
-    return [data.tokenizer.decode(tokens[start:end].tolist()) for start, end in zip([0, *(ends[:-1] + 1)], ends[:limit])]
+    return read_texts(data.tokenizer, tokens)[:limit]
 
 
 def document_bits(run: str, texts: list[str], device: str, batch_size: int) -> np.ndarray:
     """Bits that a run needs for each document, its end included, (documents,) float64. Raises ValueError for a lossy tokenizer."""
     model, tokenizer, path, _ = load_model(run, device)
-    tokens = np.array([i for text in texts for i in (*tokenizer.encode(text), tokenizer.eot_id)], DTYPE)
-    reason = why_no_bits_per_byte(tokenizer, tokens)
+    documents = from_texts(tokenizer, texts)
+    reason = why_no_bits_per_byte(tokenizer, documents.tokens)
     if reason:
         raise ValueError(f"{path} can't be compared: {reason}; train it with a byte-level tokenizer")
-    score = score_tokens(model, tokens, tokenizer.eot_id, batch_size, bar=run)
-    check_finite(score, path)
-    return score.per_document(tokens, tokenizer.eot_id) / math.log(2)
+    return Scorer(model, tokenizer, str(path), batch_size=batch_size).score(documents).columns["nats"] / math.log(2)
 
 
 def paired_difference(bits: np.ndarray, other: np.ndarray, n_bytes: np.ndarray) -> tuple[float, float]:

@@ -1,30 +1,29 @@
-"""Checkpoint + token files -> loss, perplexity, token accuracy, bits per byte.
+"""Checkpoint + held-out text -> loss, perplexity, accuracy, bits per byte, each with how sure it is.
 
     python evaluate.py
     python evaluate.py --checkpoint checkpoints/stories --data_dir ./data_stories --split val test
     python evaluate.py --checkpoint best_model.pt --text story.txt --output metrics.json
 
-Computed in float32 over the whole split: each token is predicted exactly once.
+Computed in float32 over the whole split: each document from its own beginning, each token exactly once.
 """
 
 import itertools
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 from utils import Checked, Count, choose_device, notice, read_command_line, run_script
 
-import numpy as np
-
-from evaluation.measures import Score, check_finite, score_tokens, summarize, text_bytes, why_no_bits_per_byte
-from formats.data_directory import DTYPE, DataDirectory
+from evaluation.held_out import HeldOut, Scorer, from_directory, from_texts
+from evaluation.plots import draw_evaluation
+from formats.data_directory import DataDirectory
 from formats.outputs import output_file, write_json
 from formats.run_directory import EVALUATION, find_checkpoint, load_model
+from formats.scores import ItemScores, read_known, write_scores
 from formats.tokenizer import TextTokenizer
-from models import GPT
 from preparation.sources import Format, find_files
 
 LEAK_STANDARD_ERRORS = 4
+DETAILS = ("positions", "calibration")  # of a set: for pictures
 
 
 @dataclass(frozen=True)
@@ -44,61 +43,32 @@ class Arguments(Checked):
     """Windows in one forward pass; changes the results by no more than the last bits of float32."""
     stride: Count | None = None
     """Windows overlap and move on by this many tokens: more context for each prediction, more time. Default: block_size, no overlap."""
+    stream: bool = False
+    """Cut the split into windows as if it were one text, as other projects do: most windows then begin inside a document."""
+    positions: bool = False
+    """Print how the loss falls with the number of tokens that the model has seen, and write it into the results."""
     verify_data: bool = False
     """Compare token files above 2 GB too with the SHA-256 in meta.json; smaller ones always are."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     output: str | None = None
-    """JSON file for the results. Default: evaluation.json beside the checkpoint."""
+    """JSON file for the results. Default: evaluation.json beside the checkpoint. A picture and each document's scores lie beside it."""
 
     def problems(self) -> list[str]:
         return [] if self.split else ["--split needs a value: train, val or test"]
 
 
-def text_tokens(name: str, form: Format, tokenizer: TextTokenizer) -> tuple[np.ndarray, int, int]:
-    """A text as a split: its ids with an EOT behind each document (n,) uint16, UTF-8 bytes of the documents, their number."""
+def read_text(name: str, form: Format, tokenizer: TextTokenizer) -> HeldOut:
+    """A text file, or several, as held-out documents. Raises ValueError where there is no text."""
     texts = map(tokenizer.normalize, itertools.chain.from_iterable(find_files([name], form)))
     texts = [text for text in texts if text.strip()]
     if not texts:
         raise ValueError(f"{name} holds no text; give a file with some")
-    ids = [i for text in texts for i in (*tokenizer.encode(text), tokenizer.eot_id)]
-    return np.array(ids, dtype=DTYPE), sum(len(text.encode()) for text in texts), len(texts)
+    return from_texts(tokenizer, texts)
 
 
-def compare_with_entropy(score: Score, tokens: np.ndarray, eot_id: int, entropy: list[float], n_bytes: int) -> dict:
-    """How far a model is above the entropy of the sample corpus, which a perfect one reaches, paired per story.
-
-    entropy: bits of each story under the grammar. Returns entropy_bits_per_byte, and above_entropy_bits_per_story with its standard
-    error (None for a single story).
-    """
-    above = score.per_document(tokens, eot_id) / math.log(2) - np.array(entropy)
-    error = float(above.std(ddof=1) / math.sqrt(len(above))) if len(above) > 1 else None
-    return {
-        "entropy_bits_per_byte": sum(entropy) / n_bytes,
-        "above_entropy_bits_per_story": float(above.mean()),
-        "above_entropy_standard_error": error,
-    }
-
-
-def evaluate_tokens(
-    args: Arguments, model: GPT, tokenizer: TextTokenizer, tokens: np.ndarray, n_bytes: int, documents: int, entropy: list | None = None
-) -> dict:
-    """All measures of one split. entropy: as compare_with_entropy takes it."""
-    if args.stride is not None and args.stride > model.config.block_size:
-        raise ValueError(f"stride={args.stride} is above the model's block_size={model.config.block_size}; then tokens would be left out")
-    score = score_tokens(model, tokens, tokenizer.eot_id, args.batch_size, args.stride, bar="evaluating")
-    check_finite(score, args.checkpoint)
-    reason = why_no_bits_per_byte(tokenizer, tokens)
-    result = summarize(score, None if reason else n_bytes) | {"tokens": len(tokens), "bytes": n_bytes, "documents": documents}
-    if reason:
-        result["bits_per_byte_reason"] = reason
-    elif entropy is not None:
-        result |= compare_with_entropy(score, tokens, tokenizer.eot_id, entropy, n_bytes)
-    return result
-
-
-def evaluate_directory(args: Arguments, model: GPT, tokenizer: TextTokenizer, name: str) -> dict[str, dict]:
-    """The measures of each asked split of a data directory; one that isn't there is told.
+def read_directory(args: Arguments, tokenizer: TextTokenizer, name: str) -> dict[str, HeldOut]:
+    """Each asked split of a data directory; one that isn't there is told.
 
     Raises ValueError if the directory was prepared with another tokenizer or has none of the splits.
     """
@@ -107,40 +77,60 @@ def evaluate_directory(args: Arguments, model: GPT, tokenizer: TextTokenizer, na
     asked = dict.fromkeys(args.split)
     if not asked.keys() & set(data.splits):
         raise FileNotFoundError(f"{name} has no {' or '.join(asked)} split, only {', '.join(data.splits)}; name one with --split")
-    results = {}
     for split in asked:
         if split not in data.splits:
             notice(f"{name} has no {split} split; it is left out")
-            continue
-        tokens = data.tokens(split)
-        if data.meta is not None:
-            n_bytes, documents = (data.meta["splits"][split][key] for key in ("bytes", "documents"))
-        else:
-            n_bytes, documents = text_bytes(tokenizer, tokens), max(1, int((tokens == tokenizer.eot_id).sum()))
-        results[split] = evaluate_tokens(args, model, tokenizer, tokens, n_bytes, documents, data.entropy(split))
-    return results
+    return {split: from_directory(data, split) for split in asked if split in data.splits}
+
+
+def number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def between(interval: list[float] | None) -> str:
+    return "-" if interval is None else f"[{interval[0]:.4f}, {interval[1]:.4f}]"
 
 
 def print_results(results: dict[str, dict[str, dict]]) -> bool:
     """Print the results; say where bits per byte are missing and why, and where a model is better than a perfect one. True if none is."""
     honest, notes, width = True, [], max(map(len, results))
-    header = f"{'loss':>8} {'perplexity':>10} {'accuracy':>8} {'bits/byte':>9} {'perfect':>8} {'tokens':>12} {'documents':>9}"
-    print(f"{'data':{width}}  split  {header}")
+    header = f"{'loss':>8} {'perplexity':>10} {'accuracy':>8} {'top 5':>6} {'bits/byte':>9} {'95% interval':>16} {'perfect':>8}"
+    print(f"{'data':{width}}  split  {header} {'tokens':>12} {'documents':>9}")
     for name, split, r in ((name, split, r) for name, splits in results.items() for split, r in splits.items()):
-        bits = "-" if r["bits_per_byte"] is None else f"{r['bits_per_byte']:.4f}"
-        perfect = f"{r['entropy_bits_per_byte']:.4f}" if "entropy_bits_per_byte" in r else "-"
-        line = f"{name:{width}}  {split:5}  {r['loss']:8.4f} {r['perplexity']:10.3f} {r['accuracy']:8.4f} {bits:>9} {perfect:>8}"
-        print(f"{line} {r['tokens']:12,} {r['documents']:9,}")
+        line = f"{r['loss']:8.4f} {r['perplexity']:10.3f} {r['accuracy']:8.4f} {r['top5_accuracy']:6.3f} {number(r['bits_per_byte'], 4):>9}"
+        line += f" {between(r.get('bits_per_byte_interval')):>16} {number(r.get('entropy_bits_per_byte'), 4):>8}"
+        print(f"{name:{width}}  {split:5}  {line} {r['tokens']:12,} {r['documents']:9,}")
         if "bits_per_byte_reason" in r:
             notes.append(f"{name} {split}: no bits per byte, {r['bits_per_byte_reason']}")
+        elif r["bits_per_byte_interval"] is None:
+            notes.append(f"{name} {split}: no interval, {r['documents']} documents are too few to tell how much they vary")
         above, error = r.get("above_entropy_bits_per_story"), r.get("above_entropy_standard_error")
         if error is not None and above < -LEAK_STANDARD_ERRORS * error:
             wrong = f"{-above:.3f} bits a story below a perfect model (standard error {error:.3f})"
             notes.append(f"error: {name} {split}: {wrong}: the model has seen these stories, or something is wrong")
             honest = False
+    print("The intervals cover the luck of these documents, not that of the training: for that train several seeds.")
     for note in notes:
         notice(note)
     return honest
+
+
+def loss_by_position(positions: list[list[float]]) -> list[dict]:
+    """Mean loss in ranges of positions that double: {"from", "to", "loss", "tokens"}, empty ranges left out."""
+    rows, start = [], 0
+    while start < len(positions):
+        end = min(len(positions), max(1, 2 * start))
+        tokens, nats = map(sum, zip(*positions[start:end]))
+        rows += [{"from": start + 1, "to": end, "loss": nats / tokens, "tokens": int(tokens)}] if tokens else []
+        start = end
+    return rows
+
+
+def print_positions(results: dict[str, dict[str, dict]]) -> None:
+    for name, split, r in ((name, split, r) for name, splits in results.items() for split, r in splits.items()):
+        print(f"\n{name} {split}: loss by position in the context\n{'position':>11} {'loss':>8} {'tokens':>12}")
+        for row in r["loss_by_position"]:
+            print(f"{row['from']:5}-{row['to']:<5} {row['loss']:8.4f} {row['tokens']:12,}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -148,14 +138,28 @@ def main(argv: list[str] | None = None) -> int:
     path, texts = find_checkpoint(args.checkpoint), [file.path for file in find_files(args.text, args.form)]
     name = str(path.parent / EVALUATION) if args.output is None else args.output
     output = output_file(name, "evaluation", [path, *texts])
+    companions = {".png": "evaluation picture", ".npz": "table of scores"}
+    picture, scores_path = (output_file(str(output.with_suffix(suffix)), kind, [path, *texts]) for suffix, kind in companions.items())
     model, tokenizer, *_ = load_model(str(path), choose_device(args.device))
-    directories = args.data_dir or (() if args.text else ("./data",))
-    results = {name: evaluate_directory(args, model, tokenizer, name) for name in directories}
-    for name in args.text:
-        results[name] = {"text": evaluate_tokens(args, model, tokenizer, *text_tokens(name, args.form, tokenizer))}
+    known = read_known(scores_path)
+    scorer = Scorer(model, tokenizer, args.checkpoint, known.values(), args.batch_size, args.stride, args.stream)
+    sets: dict[tuple[str, str], ItemScores] = {}
+    for name in args.data_dir or (() if args.text else ("./data",)):
+        sets |= {(name, split): scorer.score(held_out) for split, held_out in read_directory(args, tokenizer, name).items()}
+    sets |= {(name, "text"): scorer.score(read_text(name, args.form, tokenizer)) for name in args.text}
+    results: dict[str, dict[str, dict]] = {}
+    for (name, split), scores in sets.items():
+        shown = {key: value for key, value in scores.summary.items() if key not in DETAILS}
+        shown |= {"loss_by_position": loss_by_position(scores.summary["positions"])} if args.positions else {}
+        results.setdefault(name, {})[split] = shown
     write_json(output, results)  # first: who reads what is printed may have gone
+    kept = {name: scores for name, scores in known.items() if scores.model == scorer.hash}
+    write_scores(scores_path, kept | {" ".join(name): scores for name, scores in sets.items()})
+    draw_evaluation(picture, {" ".join(name): scores.summary for name, scores in sets.items()})
     honest = print_results(results)
-    notice(f"written to {output}")
+    if args.positions:
+        print_positions(results)
+    notice(f"written to {output}, with {picture.name} and {scores_path.name} beside it")
     return 0 if honest else 1
 
 

@@ -1,6 +1,7 @@
-"""Measures: how well a model predicts a split. The same arithmetic serves training, evaluation and comparison.
+"""Measures: how well a model predicts held-out text. The same arithmetic serves training, evaluation and comparison.
 
-A split is one stream of tokens with one EOT as context before it. Each of its tokens, EOTs included, is predicted exactly once.
+A split is a row of documents, each with an EOT at its end. Each document is scored from its own beginning, with one EOT as context, so that
+no score depends on a neighbour; each token, EOTs included, is predicted exactly once.
 """
 
 import math
@@ -11,28 +12,51 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from tqdm import tqdm
 
 from formats.tokenizer import TextTokenizer
 from models import GPT
 
 ROWS = 512  # of logits held at once
+TOP = 5
+BINS = 20  # of confidence, equally wide
+FEWEST_DOCUMENTS = 10  # for an interval; the bootstrap of fewer says little
+RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
 class Score:
-    """What a model makes of a stream of tokens.
+    """What a model makes of a row of tokens.
 
     nats: (tokens,) float64, minus the log-probability of each token. hits: (tokens,) bool, whether it was the most probable one.
+    top: (tokens,) bool, whether it was among the five most probable ones. positions: (block_size, 2) float64, number and summed nats of the
+    tokens with so many tokens between the window's first and them. calibration: (BINS, 3) float64, by the probability of the most probable
+    token: number of predictions, sum of these probabilities, number of hits.
     """
 
     nats: np.ndarray
     hits: np.ndarray
+    top: np.ndarray
+    positions: np.ndarray
+    calibration: np.ndarray
 
-    def per_document(self, tokens: np.ndarray, eot_id: int) -> np.ndarray:
-        """Nats of each document, its EOT included, (documents,) float64; what follows the last EOT is left out."""
-        ends = np.flatnonzero(tokens == eot_id) + 1
-        return np.add.reduceat(self.nats[: ends[-1]], np.concatenate(([0], ends[:-1]))) if len(ends) else np.empty(0)
+    @property
+    def calibration_error(self) -> float:
+        """Expected calibration error of the most probable token (Guo et al. 2017, "On Calibration of Modern Neural Networks")."""
+        count, confidence, hits = self.calibration.T
+        return float(np.abs(confidence - hits).sum() / count.sum())
+
+
+def document_ends(tokens: np.ndarray, eot_id: int) -> np.ndarray:
+    """Where each document ends, behind its EOT, (documents,) int64. What follows the last EOT is a document too."""
+    ends = np.flatnonzero(tokens == eot_id) + 1
+    return ends if len(ends) and ends[-1] == len(tokens) else np.append(ends, len(tokens))
+
+
+def per_document(values: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Sums of values (tokens,) over the documents that end at `ends` (documents,), none of them empty; (documents,)."""
+    return np.add.reduceat(values, np.concatenate(([0], ends[:-1])))
 
 
 def strided_windows(n: int, block_size: int, stride: int) -> Iterator[tuple[int, int, int]]:
@@ -42,6 +66,38 @@ def strided_windows(n: int, block_size: int, stride: int) -> Iterator[tuple[int,
         end = min(n, first + (block_size if first == 0 else stride))
         yield max(0, first + stride - block_size), end, first
         first = end
+
+
+def windows_by_length(ends: np.ndarray, block_size: int, stride: int) -> np.ndarray:
+    """Windows (n, 3) int64 as in `strided_windows` over documents that end at `ends`, none across a boundary, the longest first."""
+    starts = np.concatenate(([0], ends[:-1]))
+    short = ends - starts <= block_size
+    spans = [np.stack((starts, ends, starts), axis=1)[short]]
+    for start, end in zip(starts[~short].tolist(), ends[~short].tolist()):
+        spans.append(np.array([*strided_windows(end - start, block_size, stride)]) + start)
+    spans = np.concatenate(spans)
+    return spans[np.argsort(spans[:, 0] - spans[:, 1], kind="stable")]
+
+
+def batches_of_windows(spans: np.ndarray, room: int) -> Iterator[np.ndarray]:
+    """Consecutive windows (n, 3), sorted by length, in batches that take at most `room` tokens with padding, at least one window each."""
+    while len(spans):
+        rows = max(1, room // int(spans[0, 1] - spans[0, 0]))
+        yield spans[:rows]
+        spans = spans[rows:]
+
+
+def predictions(model: GPT, features: Tensor, targets: Tensor) -> np.ndarray:
+    """Features (n, C) and the tokens that follow (n,) -> (4, n) float64: nats, hit, among the top five, the highest probability."""
+    parts = []
+    for rows, target in zip(features.split(ROWS), targets.split(ROWS), strict=True):
+        logits = F.linear(rows, model.wte.weight).float()
+        chosen = logits.gather(1, target[:, None])
+        total = logits.logsumexp(dim=-1, keepdim=True)
+        highest, best = logits.max(dim=-1, keepdim=True)
+        among_top = (logits >= chosen).sum(dim=-1) <= TOP  # a token that ties with many isn't among them
+        parts.append(torch.stack([(total - chosen)[:, 0], best[:, 0] == target, among_top, (highest - total).exp()[:, 0]]).double())
+    return torch.cat(parts, dim=1).cpu().numpy()
 
 
 @torch.inference_mode()
@@ -54,37 +110,40 @@ def score_tokens(
     dtype: torch.dtype = torch.float32,
     stop: Callable[[], bool] = lambda: False,
     bar: str | None = None,
+    stream: bool = False,
 ) -> Score | None:
-    """Predict each of `tokens` (n,) once, in windows of block_size, non-overlapping or `stride` apart (more context, more time).
+    """Predict each of `tokens` (n,) once, in windows of at most block_size, non-overlapping or `stride` apart (more context, more time).
 
-    dtype: precision of the forward pass. stop: asked before each batch; if it says so, None is returned. bar: name of a progress bar.
+    Windows of about the same length are read together, as many tokens as batch_size windows of block_size. stream: windows run across
+    documents as if all were one. dtype: precision of the forward pass. stop: asked before each batch; if it says so, None is returned.
+    bar: name of a progress bar.
     """
-    block_size, device = model.config.block_size, model.device
-    stream = np.concatenate(([eot_id], tokens)).astype(np.int64)
-    nats, hits = np.empty(len(tokens)), np.empty(len(tokens), bool)
-    spans = list(strided_windows(len(tokens), block_size, stride or block_size))
-    progress = tqdm(total=len(tokens), desc=bar, unit="token", unit_scale=True, disable=None if bar else True, leave=False)
-    while spans:
-        if stop():
-            return None
-        length = spans[0][1] - spans[0][0]
-        batch = [span for span in spans[:batch_size] if span[1] - span[0] == length]
-        spans = spans[len(batch) :]
-        x = torch.from_numpy(np.stack([stream[start:end] for start, end, _ in batch])).to(device)
-        y = torch.from_numpy(np.stack([stream[start + 1 : end + 1] for start, end, _ in batch])).to(device)
-        batch_nats, batch_hits = [], []
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            features = model.features(x).flatten(0, 1)  # (B T, C)
-            for rows, targets in zip(features.split(ROWS), y.flatten().split(ROWS), strict=True):
-                logits = F.linear(rows, model.wte.weight).float()
-                batch_nats.append(F.cross_entropy(logits, targets, reduction="none"))
-                batch_hits.append(logits.argmax(dim=-1) == targets)
-        batch_nats, batch_hits = (torch.cat(parts).view_as(y).cpu().numpy() for parts in (batch_nats, batch_hits))
-        for row, (start, end, first) in enumerate(batch):
-            nats[first:end], hits[first:end] = batch_nats[row, first - start :], batch_hits[row, first - start :]
-        progress.update(sum(end - first for _, end, first in batch))
-    progress.close()
-    return Score(nats, hits)
+    block_size, device, n = model.config.block_size, model.device, len(tokens)
+    ends = np.array([n]) if stream else document_ends(tokens, eot_id)
+    spans = windows_by_length(ends, block_size, stride or block_size)
+    targets = np.asarray(tokens).astype(np.int64)
+    inputs = np.concatenate(([eot_id], targets[:-1]))  # a document's first token follows the EOT of the one before
+    nats, hits, top = np.empty(n), np.empty(n, bool), np.empty(n, bool)
+    positions, calibration = np.zeros((block_size, 2)), np.zeros((BINS, 3))
+    with tqdm(total=n, desc=bar, unit="token", unit_scale=True, disable=None if bar else True, leave=False) as progress:
+        for batch in batches_of_windows(spans, batch_size * block_size):
+            if stop():
+                return None
+            start, end, first = batch.T
+            at = start[:, None] + np.arange(end[0] - start[0])  # (B, T), the first window is the longest
+            scored = (at >= first[:, None]) & (at < end[:, None])
+            x = torch.from_numpy(inputs[np.minimum(at, n - 1)]).to(device)  # behind a window's end anything may stand: nothing looks there
+            rows = torch.from_numpy(scored).to(device)
+            y = torch.from_numpy(targets[at[scored]]).to(device)
+            with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+                found = predictions(model, model.features(x)[rows], y)
+            index, position = at[scored], (at - start[:, None])[scored]
+            nats[index], hits[index], top[index] = found[0], found[1] > 0, found[2] > 0
+            positions += np.stack([np.bincount(position, weights, block_size) for weights in (None, found[0])], axis=1)
+            which = np.minimum(np.nan_to_num(found[3]) * BINS, BINS - 1).astype(np.int64)
+            calibration += np.stack([np.bincount(which, weights, BINS) for weights in (None, found[3], found[1])], axis=1)
+            progress.update(len(index))
+    return Score(nats, hits, top, positions, calibration)
 
 
 def check_finite(score: Score, name: str | Path) -> None:
@@ -102,6 +161,25 @@ def summarize(score: Score, n_bytes: int | None) -> dict[str, float | None]:
         "accuracy": float(score.hits.mean()),
         "bits_per_byte": float(score.nats.sum()) / math.log(2) / n_bytes if n_bytes else None,
     }
+
+
+def ratio_interval(values: np.ndarray, weights: np.ndarray) -> tuple[float, float] | None:
+    """95% interval of sum(values) / sum(weights) over documents, both (documents,); None for fewer than ten.
+
+    The percentile bootstrap over documents (Efron and Tibshirani 1993): how the ratio would vary with other documents of the same kind.
+    """
+    from scipy.stats import bootstrap  # takes half a second to import
+
+    if len(values) < FEWEST_DOCUMENTS:
+        return None
+
+    def ratio(values: np.ndarray, weights: np.ndarray, axis: int) -> np.ndarray:
+        return values.sum(axis=axis) / weights.sum(axis=axis)
+
+    batch = max(1, 2**22 // len(values))
+    options = {"paired": True, "vectorized": True, "method": "percentile", "n_resamples": RESAMPLES, "batch": batch}
+    low, high = bootstrap((values, weights), ratio, rng=np.random.default_rng(0), **options).confidence_interval
+    return float(low), float(high)
 
 
 def why_no_bits_per_byte(tokenizer: TextTokenizer, tokens: np.ndarray) -> str | None:

@@ -28,6 +28,13 @@ def peek_json(path: Path) -> object:
         return None
 
 
+def peek(path: Path) -> bytes:
+    """The first bytes of a file; none where it can't be read."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        return file.read(1000)
+    return b""
+
+
 # ---------------------------------------------------------------- whole files
 
 
@@ -106,18 +113,22 @@ KINDS = {
     "comparison": lambda content: _rows_with(content, {"bits_per_byte", "above_best"}),
     "tokenizer": lambda content: {"model", "added_tokens"} <= content.keys(),
 }
+# the same for files that aren't JSON -> what stands near their beginning
+MARKS = {"evaluation picture": b"evaluate.py", "table of scores": b"index.npy"}
 # in a directory with one of these, tokenizer.json belongs to them
 OWNERS_OF_TOKENIZERS = ("meta.json", "metrics.jsonl", "best_model.pt", "*.safetensors*")
 
 
 def is_of_kind(path: Path, kind: str) -> bool:
-    """Whether a file is what a script of ours writes as a `kind`, one of KINDS."""
+    """Whether a file is what a script of ours writes as a `kind`, one of KINDS or MARKS."""
+    if kind in MARKS:
+        return path.is_file() and MARKS[kind] in peek(path)
     content = peek_json(path)
     return isinstance(content, dict) and KINDS[kind](content)
 
 
 def output_file(name: str, kind: str, sources: Iterable[Path], make_parents: bool = False) -> Path:
-    """The file that --output names, checked before the work begins. kind: one of KINDS. sources: what the call reads.
+    """The file that --output names, checked before the work begins. kind: one of KINDS or MARKS. sources: what the call reads.
 
     Raises ValueError where writing there would fail, or replace anything but an earlier file of the same kind.
     """

@@ -20,12 +20,15 @@ from formats.checkpoint import Checkpoint, load_checkpoint, load_weights
 from formats.export_record import RECORD, read_record
 from formats.metrics import METRICS
 from formats.outputs import check_names, fsync_directory, is_of_kind, peek_json, sole_writer
+from formats.scores import SCORES
 from formats.tokenizer import TextTokenizer
 from models import GPT
 
 BEST = "best_model.pt"
 HOME = Path("checkpoints")  # where runs live unless a flag or config.py says otherwise
-CONFIG, EVALUATION, TENSORBOARD = "config.json", "evaluation.json", "tensorboard"
+CONFIG, EVALUATION, PICTURE, TENSORBOARD = "config.json", "evaluation.json", "evaluation.png", "tensorboard"
+# what evaluate.py writes beside a checkpoint -> its kind
+EVALUATIONS = {EVALUATION: "evaluation", SCORES: "table of scores", PICTURE: "evaluation picture"}
 WRITTEN = (BEST, METRICS, CONFIG, "loss.png", "tokenizer.json")  # what train.py writes, beside step checkpoints
 DATA, NEXT = "data", ".train.next"  # what --dataset prepares; the folder where it waits while the run is there that is to be deleted
 
@@ -159,7 +162,7 @@ def check_place(run_dir: Path, tensorboard: bool) -> None:
     if not ours and data_directory.written_names(run_dir):
         raise ValueError(f"{run_dir} holds prepared data; choose another --out_dir")
     names = [*WRITTEN, *[TENSORBOARD] * tensorboard, *(path.name for path in step_checkpoints(run_dir))]
-    check_names(run_dir, [*names, *([] if ours else (EVALUATION, RECORD))], ours, "out_dir", folders=(TENSORBOARD,))
+    check_names(run_dir, [*names, *([] if ours else (*EVALUATIONS, RECORD))], ours, "out_dir", folders=(TENSORBOARD,))
 
 
 def find_resumed(resume: str | None, run_dir: Path) -> tuple[Path, dict] | None:
@@ -203,7 +206,7 @@ def written_paths(run_dir: Path) -> list[Path]:
     """All that a run wrote into its directory, and what was evaluated and exported from it."""
     names = written_names(run_dir)
     if names and is_occupied(run_dir):
-        names |= {EVALUATION} if is_of_kind(run_dir / EVALUATION, "evaluation") else set()
+        names |= {name for name, kind in EVALUATIONS.items() if is_of_kind(run_dir / name, kind)}
         names |= {RECORD, *recorded} if (recorded := read_record(run_dir)) else set()
     return [run_dir / name for name in sorted(names)]
 

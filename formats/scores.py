@@ -10,6 +10,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from utils import notice
+
 import numpy as np
 from pydantic import JsonValue
 
@@ -28,7 +30,7 @@ class ItemScores:
     key: hash of model, items and method; equal keys mean equal scores. items: hash of the items alone, whatever the tokenizer: models
     that have the same can be compared item by item. kind: text (items are documents) or task. summary: the measures of the whole set, as
     evaluation.json has them. columns: (items,) each; for text nats (float64, the document's end included), bytes (int64, of its text),
-    tokens (int64); for a task correct and whatever else its metrics are (float64).
+    tokens (int64); for a task correct and whatever else its metrics are (float64). model: hash of the model alone.
     """
 
     key: str
@@ -36,6 +38,7 @@ class ItemScores:
     kind: str
     summary: dict
     columns: dict[str, np.ndarray]
+    model: str
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
@@ -47,6 +50,7 @@ class _Entry(Declared):
     kind: str
     summary: dict[str, JsonValue]
     columns: list[str]
+    model: Sha256
 
 
 def content_hash(*parts: object) -> str:
@@ -60,10 +64,10 @@ def content_hash(*parts: object) -> str:
 
 def write_scores(path: Path, sets: dict[str, ItemScores]) -> None:
     """Write sets of scores by their names, atomically. Raises OSError."""
-    names = ("key", "items", "kind", "summary")
+    names = ("key", "items", "kind", "summary", "model")
     index = {name: {key: getattr(s, key) for key in names} | {"columns": [*s.columns]} for name, s in sets.items()}
-    arrays = {f"{i}/{column}": values for i, s in enumerate(sets.values()) for column, values in s.columns.items()}
-    arrays[INDEX] = np.frombuffer(json.dumps(index, allow_nan=False).encode(), np.uint8)
+    arrays = {INDEX: np.frombuffer(json.dumps(index, allow_nan=False).encode(), np.uint8)}  # first: it marks the file as ours
+    arrays |= {f"{i}/{column}": values for i, s in enumerate(sets.values()) for column, values in s.columns.items()}
     write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
 
 
@@ -83,5 +87,14 @@ def read_scores(path: Path) -> dict[str, ItemScores]:
         shapes = {None if values is None else values.shape for values in columns.values()}
         if len(shapes) != 1 or len(next(iter(shapes)) or ()) != 1 or not all(np.isfinite(values).all() for values in columns.values()):
             raise ValueError(f"{path} is damaged: the scores of {name} don't fit together; {ADVICE}")
-        sets[name] = ItemScores(entry["key"], entry["items"], entry["kind"], entry["summary"], columns)
+        sets[name] = ItemScores(entry["key"], entry["items"], entry["kind"], entry["summary"], columns, entry["model"])
     return sets
+
+
+def read_known(path: Path) -> dict[str, ItemScores]:
+    """As `read_scores`, for what can be computed again: nothing where the file is damaged, which is told."""
+    try:
+        return read_scores(path)
+    except ValueError as error:
+        notice(f"warning: {error.args[0].removesuffix(ADVICE)}everything is computed again")
+        return {}

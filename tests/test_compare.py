@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from compare import document_bits, paired_difference, read_documents
-from evaluate import evaluate_directory
+from evaluation.held_out import Scorer, from_directory
 from formats.data_directory import DataDirectory
 from tests.conftest import tiny
 
@@ -33,13 +33,12 @@ def test_the_better_run_comes_first(trained_run, worse_run, sample_dir, script, 
 
 
 def test_the_figures_are_those_of_evaluate(trained_run, sample_dir):
-    from evaluate import Arguments
     from formats.run_directory import load_model
 
     texts = read_documents(DataDirectory(sample_dir), "test", None)
     bits = document_bits(str(trained_run), texts, "cpu", 8)
     model, tokenizer, _, _ = load_model(str(trained_run))
-    expected = evaluate_directory(Arguments(), model, tokenizer, str(sample_dir))["test"]["bits_per_byte"]
+    expected = Scorer(model, tokenizer, "it").score(from_directory(DataDirectory(sample_dir), "test")).summary["bits_per_byte"]
     assert bits.sum() / sum(len(text.encode()) for text in texts) == pytest.approx(expected)
 
 

@@ -350,7 +350,7 @@ def test_results_that_are_not_finite_are_never_written(contents, sample_dir, tra
         message = mistake(name, *arguments, "--data_dir", sample_dir, "--output", tmp_path / "out.json", cwd=tmp_path)
         assert "large.pt computes numbers that are not finite" in message
     assert not (tmp_path / "out.json").exists()
-    check_finite(Score(np.ones(3), np.ones(3, bool)), "a good model")
+    check_finite(Score(*[np.ones(3)] * 5), "a good model")
 
 
 def test_a_best_model_in_the_place_of_a_step_checkpoint_is_passed_over(trained_run, tmp_path, capsys):

@@ -7,7 +7,7 @@ from formats.scores import ItemScores, content_hash, read_scores, write_scores
 
 
 def scores(**columns) -> ItemScores:
-    return ItemScores(content_hash("key"), content_hash("items"), "text", {"loss": 1.5, "reason": None}, columns)
+    return ItemScores(content_hash("key"), content_hash("items"), "text", {"loss": 1.5, "reason": None}, columns, content_hash("model"))
 
 
 def test_round_trip(tmp_path):
@@ -16,7 +16,7 @@ def test_round_trip(tmp_path):
     read = read_scores(tmp_path / "evaluation.npz")
     assert list(read) == list(sets)
     for name, expected in sets.items():
-        for field in ("key", "items", "kind", "summary"):
+        for field in ("key", "items", "kind", "summary", "model"):
             assert getattr(read[name], field) == getattr(expected, field)
         assert read[name].columns.keys() == expected.columns.keys()
         for column, values in expected.columns.items():
