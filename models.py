@@ -156,7 +156,7 @@ class GPT(nn.Module):
     def init_weights(self) -> None:
         """GPT-2's initialisation: N(0, 0.02), residual projections scaled by 1/sqrt(2 n_layer), biases 0, norms 1.
 
-        In qwen3 the first head of every block starts as a previous-token head.
+        In qwen3 the first head of every block starts as a previous-token head, and the last head of the second block as an induction head.
         """
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
@@ -166,6 +166,7 @@ class GPT(nn.Module):
                 nn.init.zeros_(parameter)
         if self.config.arch == "qwen3":
             self.start_previous_token_heads()
+            self.start_induction_head()
 
     @torch.no_grad()
     def start_previous_token_heads(self) -> None:
@@ -188,6 +189,29 @@ class GPT(nn.Module):
             rows = block.attn.c_attn.weight
             rows[:D] = 0.02 * query[:, None]
             rows[config.n_embd : config.n_embd + D] = 0.02 * key[:, None]
+
+    @torch.no_grad()
+    def start_induction_head(self) -> None:
+        """Let the last head of the second block start as an induction head: it looks for what followed the present token earlier, and
+        copies it (Olsson et al. 2022). What it learns from there is up to the training. How much this helps: MEASUREMENTS.md.
+
+        The first block's head 0 has written the values of the token before into each position. The queries are the values of the present
+        token, the keys read what that head wrote, so they agree behind an earlier copy of the present token. Only slow rotary frequencies
+        are used, which hardly depend on the distance. The output projection is the transpose of the values: what the head sees is added
+        as it is, and the output layer, which is the token table, reads it as that token. All rows sum to zero, blind to the constant in
+        every embedding.
+        """
+        if self.config.n_layer < 2:
+            return
+        D, (H, K, _) = self.config.head_dim, self.h[0].attn.heads
+        first, second = self.h[0].attn, self.h[1].attn
+        slow = (torch.arange(D // 2) >= 3 * D // 16).repeat(2)[:, None]
+        read, written = first.c_attn.weight[-K * D :][:D], first.c_proj.weight[:, :D].T  # values and output of head 0, (D, C)
+        q, k, v = (rows[-D:] for rows in second.c_attn.weight.split([H * D, K * D, K * D]))
+        for rows, start in ((q, read * slow), (k, written * slow), (v, v)):
+            start = start - start.mean(dim=1, keepdim=True)
+            rows.copy_(start * (0.02 / start.std()))
+        second.c_proj.weight[:, -D:] = 2 * v.T / math.sqrt(2 * self.config.n_layer)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, kv_cache: KVCache | None = None) -> tuple[Tensor, Tensor | None]:
         """Predict the next token at every position.
