@@ -3,16 +3,20 @@
     python evaluate.py
     python evaluate.py --checkpoint checkpoints/stories --data_dir ./data_stories --split val test
     python evaluate.py --checkpoint best_model.pt --text story.txt --output metrics.json
+    python evaluate.py --samples 100
 
 Computed in float32 over the whole split: each document from its own beginning, each token exactly once.
 """
 
+import hashlib
 import itertools
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
-from utils import Checked, Count, choose_device, notice, read_command_line, run_script
+from utils import Checked, Count, Natural, NonNegative, Seed, choose_device, notice, parse_weighted, read_command_line, run_script
 
+from evaluation import samples
 from evaluation.held_out import HeldOut, Scorer, from_directory, from_texts
 from evaluation.plots import draw_evaluation
 from formats.data_directory import DataDirectory
@@ -20,6 +24,8 @@ from formats.outputs import output_file, write_json
 from formats.run_directory import EVALUATION, find_checkpoint, load_model
 from formats.scores import ItemScores, read_known, write_scores
 from formats.tokenizer import TextTokenizer
+from models import GPT
+from preparation.sample_corpus import GRAMMAR_PATH, load_grammar
 from preparation.sources import Format, find_files
 
 LEAK_STANDARD_ERRORS = 4
@@ -33,7 +39,7 @@ class Arguments(Checked):
     checkpoint: str = "./checkpoints"
     """A .pt file, an HF folder, or a run directory, also by its name below ./checkpoints. Default: the newest finished run there."""
     data_dir: tuple[str, ...] = ()
-    """Data directories. Default: ./data, unless --text is given."""
+    """Data directories. Default: ./data, unless --text or --samples is given."""
     text: tuple[str, ...] = ()
     """Text files to evaluate, read as prepare_data.py reads them."""
     split: tuple[Literal["train", "val", "test"], ...] = ("val", "test")
@@ -47,6 +53,20 @@ class Arguments(Checked):
     """Cut the split into windows as if it were one text, as other projects do: most windows then begin inside a document."""
     positions: bool = False
     """Print how the loss falls with the number of tokens that the model has seen, and write it into the results."""
+    samples: Natural = 0
+    """Let the model write so many texts, and measure them: do they end, vary, repeat themselves or the training data?"""
+    prompts: str | None = None
+    """File with the beginning of a text on each line, for --samples. Default: texts begin from nothing."""
+    sample_tokens: Count | None = None
+    """Longest text of --samples, in tokens. Default: block_size."""
+    temperature: NonNegative = 1.0
+    """Of --samples. 1: the model's own probabilities."""
+    seed: Seed = 0
+    """Of --samples."""
+    judge: str | None = None
+    """Another checkpoint, for --samples: how well does it predict the texts?"""
+    train_data: tuple[str, ...] = ()
+    """Data directories in which --samples looks for what was learned by heart. Default: those that the model was trained on."""
     verify_data: bool = False
     """Compare token files above 2 GB too with the SHA-256 in meta.json; smaller ones always are."""
     device: str = "auto"
@@ -55,7 +75,10 @@ class Arguments(Checked):
     """JSON file for the results. Default: evaluation.json beside the checkpoint. A picture and each document's scores lie beside it."""
 
     def problems(self) -> list[str]:
-        return [] if self.split else ["--split needs a value: train, val or test"]
+        problems = [] if self.split else ["--split needs a value: train, val or test"]
+        if not self.samples and (self.prompts or self.judge or self.train_data):
+            problems.append("--prompts, --judge and --train_data belong to --samples; say how many, e.g. --samples 100")
+        return problems
 
 
 def read_text(name: str, form: Format, tokenizer: TextTokenizer) -> HeldOut:
@@ -133,18 +156,79 @@ def print_positions(results: dict[str, dict[str, dict]]) -> None:
             print(f"{row['from']:5}-{row['to']:<5} {row['loss']:8.4f} {row['tokens']:12,}")
 
 
+def training_data(args: Arguments, tokenizer: TextTokenizer, content: dict) -> list[DataDirectory]:
+    """The directories in which to look for what was learned by heart: --train_data, or what the checkpoint names, as far as it is there."""
+    names = args.train_data or tuple(parse_weighted(name)[0] for name in content.get("train_config", {}).get("data_dir", ()))
+    found = []
+    for name in names:
+        try:
+            data = DataDirectory(name, tokenizer)
+            data.check_tokenizer(tokenizer, "the model", "tokenizer.json (the model's run directory holds one)")
+            found.append(data)
+        except (ValueError, FileNotFoundError) as error:
+            if args.train_data:
+                raise
+            notice(f"what was learned by heart isn't looked for in {name}: {error}")
+    return found
+
+
+def evaluate_samples(args: Arguments, model: GPT, tokenizer: TextTokenizer, content: dict, path: Path) -> dict:
+    """Let the model write, measure it, keep the texts at `path`. Raises ValueError, FileNotFoundError."""
+    prompts = [""]
+    if args.prompts is not None:
+        prompts = [line for line in Path(args.prompts).read_text(encoding="utf-8").splitlines() if line]
+        if not prompts:
+            raise ValueError(f"{args.prompts} holds no prompts; write one on each line")
+    judge = None if args.judge is None else load_model(args.judge, str(model.device))
+    directories = training_data(args, tokenizer, content)
+    longest = args.sample_tokens or model.config.block_size
+    drawn = samples.draw_samples(model, tokenizer, prompts, args.samples, longest, args.temperature, args.seed)
+    result = samples.measure_samples(drawn)
+    if directories:
+        result["in_training"] = samples.shared_with_training([sample.ids for sample in drawn], directories)
+    if judge is not None:
+        result["judge"] = samples.judged(drawn, *judge[:2])
+    grammar = hashlib.sha256(GRAMMAR_PATH.read_bytes()).hexdigest()
+    if any(((data.meta or {}).get("sample") or {}).get("grammar_sha256") == grammar for data in directories):
+        result["grammar"] = samples.from_the_grammar(drawn, load_grammar().log2_probability)
+    heading = f"{len(drawn)} texts by {args.checkpoint}, temperature {args.temperature:g}, seed {args.seed} (evaluate.py --samples)"
+    samples.write_samples(path, drawn, heading)
+    return result
+
+
+def print_samples(r: dict) -> None:
+    def percent(share: float | None) -> str:
+        return "-" if share is None else f"{100 * share:.1f}%"
+
+    print(f"samples: {r['texts']} texts, {r['tokens']:.0f} tokens ({r['bytes']:.0f} bytes) on average")
+    print(f"  end by themselves          {percent(r['ended'])}")
+    print(f"  differ from each other     {percent(r['different'])}")
+    print("  distinct 1-, 2-, 3-grams   " + ", ".join(map(percent, r["distinct"].values())))
+    print(f"  4-grams repeated in a text {percent(r['repeated'])}")
+    for n, shares in r.get("in_training", {}).items():
+        print(
+            f"  {n:>2} tokens in a row that stand in the training data  {percent(shares['samples'])} (held-out texts: {percent(shares['held_out'])})"
+        )
+    if "judge" in r:
+        print(f"  perplexity by the judge    {r['judge']['perplexity']:.3f}, {number(r['judge']['bits_per_byte'], 4)} bits/byte")
+    if "grammar" in r:
+        bits = number(r["grammar"]["bits_per_story"], 1)
+        print(f"  could be the grammar's     {percent(r['grammar']['share'])}, {bits} bits a story under it")
+
+
 def main(argv: list[str] | None = None) -> int:
     args = read_command_line(Arguments, argv, __doc__, aliases={"model_path": "checkpoint"})
     path, texts = find_checkpoint(args.checkpoint), [file.path for file in find_files(args.text, args.form)]
     name = str(path.parent / EVALUATION) if args.output is None else args.output
-    output = output_file(name, "evaluation", [path, *texts])
-    companions = {".png": "evaluation picture", ".npz": "table of scores"}
-    picture, scores_path = (output_file(str(output.with_suffix(suffix)), kind, [path, *texts]) for suffix, kind in companions.items())
-    model, tokenizer, *_ = load_model(str(path), choose_device(args.device))
+    read = [path, *texts, *map(Path, filter(None, [args.prompts]))]
+    output = output_file(name, "evaluation", read)
+    beside = {".png": "evaluation picture", ".npz": "table of scores", ".samples.txt": "list of samples"}
+    picture, scores_path, texts_path = (output_file(str(output.with_suffix(suffix)), kind, read) for suffix, kind in beside.items())
+    model, tokenizer, _, content = load_model(str(path), choose_device(args.device))
     known = read_known(scores_path)
     scorer = Scorer(model, tokenizer, args.checkpoint, known.values(), args.batch_size, args.stride, args.stream)
     sets: dict[tuple[str, str], ItemScores] = {}
-    for name in args.data_dir or (() if args.text else ("./data",)):
+    for name in args.data_dir or (() if args.text or args.samples else ("./data",)):
         sets |= {(name, split): scorer.score(held_out) for split, held_out in read_directory(args, tokenizer, name).items()}
     sets |= {(name, "text"): scorer.score(read_text(name, args.form, tokenizer)) for name in args.text}
     results: dict[str, dict[str, dict]] = {}
@@ -152,14 +236,19 @@ def main(argv: list[str] | None = None) -> int:
         shown = {key: value for key, value in scores.summary.items() if key not in DETAILS}
         shown |= {"loss_by_position": loss_by_position(scores.summary["positions"])} if args.positions else {}
         results.setdefault(name, {})[split] = shown
-    write_json(output, results)  # first: who reads what is printed may have gone
-    kept = {name: scores for name, scores in known.items() if scores.model == scorer.hash}
-    write_scores(scores_path, kept | {" ".join(name): scores for name, scores in sets.items()})
-    draw_evaluation(picture, {" ".join(name): scores.summary for name, scores in sets.items()})
-    honest = print_results(results)
+    written = {"samples": {args.checkpoint: evaluate_samples(args, model, tokenizer, content, texts_path)}} if args.samples else {}
+    write_json(output, results | written)  # first: who reads what is printed may have gone
+    if sets:
+        kept = {name: scores for name, scores in known.items() if scores.model == scorer.hash}
+        write_scores(scores_path, kept | {" ".join(name): scores for name, scores in sets.items()})
+        draw_evaluation(picture, {" ".join(name): scores.summary for name, scores in sets.items()})
+    honest = print_results(results) if results else True
     if args.positions:
         print_positions(results)
-    notice(f"written to {output}, with {picture.name} and {scores_path.name} beside it")
+    for result in written.get("samples", {}).values():
+        print_samples(result)
+    companions = [picture.name, scores_path.name] * bool(sets) + [texts_path.name] * bool(written)
+    notice(f"written to {output}, with {', '.join(companions)} beside it")
     return 0 if honest else 1
 
 

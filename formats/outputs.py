@@ -101,20 +101,20 @@ def write_json(path: Path, content: object) -> None:
 # ---------------------------------------------------------------- files that --output names
 
 
-def _rows_with(content: object, keys: set[str]) -> bool:
-    """Whether this is {name: {name: {each of the keys: ...}}}."""
+def _rows_with(content: object, *kinds: set[str]) -> bool:
+    """Whether this is {name: {name: {...}}} with all the keys of one kind in each of the innermost."""
     rows = [row for part in content.values() for row in (part.values() if isinstance(part, dict) else [None])]
-    return bool(rows) and all(isinstance(row, dict) and keys <= row.keys() for row in rows)
+    return bool(rows) and all(isinstance(row, dict) and any(keys <= row.keys() for keys in kinds) for row in rows)
 
 
 # what scripts write as single files -> what tells that a JSON object is such a file
 KINDS = {
-    "evaluation": lambda content: _rows_with(content, {"loss", "perplexity"}),
+    "evaluation": lambda content: _rows_with(content, {"loss", "perplexity"}, {"texts", "ended"}, {"accuracy", "items"}),
     "comparison": lambda content: _rows_with(content, {"bits_per_byte", "above_best"}),
     "tokenizer": lambda content: {"model", "added_tokens"} <= content.keys(),
 }
 # the same for files that aren't JSON -> what stands near their beginning
-MARKS = {"evaluation picture": b"evaluate.py", "table of scores": b"index.npy"}
+MARKS = {"evaluation picture": b"evaluate.py", "table of scores": b"index.npy", "list of samples": b"evaluate.py"}
 # in a directory with one of these, tokenizer.json belongs to them
 OWNERS_OF_TOKENIZERS = ("meta.json", "metrics.jsonl", "best_model.pt", "*.safetensors*")
 

@@ -26,9 +26,10 @@ from models import GPT
 
 BEST = "best_model.pt"
 HOME = Path("checkpoints")  # where runs live unless a flag or config.py says otherwise
-CONFIG, EVALUATION, PICTURE, TENSORBOARD = "config.json", "evaluation.json", "evaluation.png", "tensorboard"
+CONFIG, TENSORBOARD = "config.json", "tensorboard"
+EVALUATION, PICTURE, SAMPLES = "evaluation.json", "evaluation.png", "evaluation.samples.txt"
 # what evaluate.py writes beside a checkpoint -> its kind
-EVALUATIONS = {EVALUATION: "evaluation", SCORES: "table of scores", PICTURE: "evaluation picture"}
+EVALUATIONS = {EVALUATION: "evaluation", SCORES: "table of scores", PICTURE: "evaluation picture", SAMPLES: "list of samples"}
 WRITTEN = (BEST, METRICS, CONFIG, "loss.png", "tokenizer.json")  # what train.py writes, beside step checkpoints
 DATA, NEXT = "data", ".train.next"  # what --dataset prepares; the folder where it waits while the run is there that is to be deleted
 

@@ -126,6 +126,10 @@ class Grammar:
                 yield state.written, state.log2p
             stack += [self.choose(state, *choice, name) for choice in choices]
 
+    def log2_probability(self, text: str) -> float | None:
+        """log2 of a story's probability, its end included; None for what the grammar can't write."""
+        return next((log2p for _, log2p in self.derivations(text)), None)
+
 
 def load_grammar() -> Grammar:
     return Grammar(json.loads(GRAMMAR_PATH.read_text(encoding="utf-8")))
