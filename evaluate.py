@@ -206,9 +206,8 @@ def print_samples(r: dict) -> None:
     print("  distinct 1-, 2-, 3-grams   " + ", ".join(map(percent, r["distinct"].values())))
     print(f"  4-grams repeated in a text {percent(r['repeated'])}")
     for n, shares in r.get("in_training", {}).items():
-        print(
-            f"  {n:>2} tokens in a row that stand in the training data  {percent(shares['samples'])} (held-out texts: {percent(shares['held_out'])})"
-        )
+        real = f"(held-out texts: {percent(shares['held_out'])})"
+        print(f"  {n:>2} tokens in a row also stand in the training data: {percent(shares['samples'])} {real}")
     if "judge" in r:
         print(f"  perplexity by the judge    {r['judge']['perplexity']:.3f}, {number(r['judge']['bits_per_byte'], 4)} bits/byte")
     if "grammar" in r:
