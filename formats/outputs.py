@@ -103,7 +103,7 @@ def _rows_with(content: object, keys: set[str]) -> bool:
 # what scripts write as single files -> what tells that a JSON object is such a file
 KINDS = {
     "evaluation": lambda content: _rows_with(content, {"loss", "perplexity"}),
-    "comparison": lambda content: _rows_with(content, {"bits_per_byte", "above_best"}),
+    "comparison": lambda content: {"metrics", "findings", "notes"} <= content.keys(),
     "tokenizer": lambda content: {"model", "added_tokens"} <= content.keys(),
 }
 # in a directory with one of these, tokenizer.json belongs to them
