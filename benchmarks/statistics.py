@@ -93,8 +93,8 @@ def bootstrap_covers(rng: np.random.Generator, a: np.ndarray, b: np.ndarray, wei
     """Whether the percentile interval of a bootstrap that draws runs, then items, holds 0, (n,)."""
     n_runs, m = a.shape[-2], a.shape[-1]
     covers = []
+    counts = rng.multinomial(m, np.full(m, 1 / m), RESAMPLES).astype(float)  # how often each item is drawn; the same in all studies
     for one, other, weight in zip(a, b, weights):
-        counts = rng.multinomial(m, np.full(m, 1 / m), RESAMPLES).astype(float)
         total = (counts @ weight)[:, None]
         means = [np.take_along_axis(counts @ y.T / total, rng.integers(n_runs, size=(RESAMPLES, n_runs)), 1).mean(1) for y in (one, other)]
         low, high = np.quantile(means[0] - means[1], [LEVEL / 2, 1 - LEVEL / 2])
@@ -149,10 +149,8 @@ def simulate(scenario: Scenario, n_runs: int, simulations: int, seed: int, metho
 def measure(simulations: int) -> None:
     """Print the error rates of every method in every scenario, at 3 and at 5 seeds."""
     comparisons = VARIANTS * (VARIANTS - 1) // 2 * (TEXTS + TASKS)
-    print(
-        f"{simulations:,} simulated studies a row, {VARIANTS} variants on {TEXTS} texts and {TASKS} tasks ({comparisons} comparisons), no true"
-    )
-    print("difference: coverage of 95% intervals, and studies in which Holm's correction leaves any difference (at most 5% wanted)")
+    print(f"{simulations:,} studies a row, {VARIANTS} variants on {TEXTS} texts and {TASKS} tasks; {comparisons} comparisons, none real.")
+    print("coverage: of the 95% intervals; false positives: studies in which Holm's correction at 5% leaves any difference")
     with tqdm(total=2 * len(SCENARIOS), unit="scenario", disable=None, leave=False) as bar:
         for n_runs in (3, 5):
             for i, (name, scenario) in enumerate(SCENARIOS.items()):

@@ -19,7 +19,7 @@ Variants = dict[str, dict[str, dict[str, ItemScores]]]
 
 @dataclass(frozen=True)
 class Metric:
-    """What is measured on one set of items. runs: variant -> run -> value. items: how many there are, of kind `noun`."""
+    """What is measured on one set of items. runs: variant -> run -> value. items: how many there are; noun: what one of them is."""
 
     name: str
     unit: str
@@ -95,11 +95,11 @@ def _columns(name: str, scores: dict[str, ItemScores]) -> _Columns:
             raise ValueError(f"the scores of {run} on {name} hold numbers that are not finite; evaluate it again")
     values = {run: s.columns[column].astype(float) for run, s in scores.items()}
     if one.kind != "text":
-        return _Columns({"correct": "accuracy"}.get(column, column), False, "items", values, np.ones(len(one)))
+        return _Columns({"correct": "accuracy"}.get(column, column), False, "item", values, np.ones(len(one)))
     weights = one.columns["bytes"].astype(float)
     if weights.sum() == 0:
         raise ValueError(f"{name} holds no text")
-    return _Columns("bits/byte", True, "documents", {run: nats / math.log(2) for run, nats in values.items()}, weights)
+    return _Columns("bits/byte", True, "document", {run: nats / math.log(2) for run, nats in values.items()}, weights)
 
 
 def as_text(value: float, scale: float) -> str:

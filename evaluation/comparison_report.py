@@ -32,7 +32,11 @@ def render(comparison: Comparison) -> str:
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     for metric in comparison.metrics:
         better = "less" if metric.lower_is_better else "more"
-        lines += ["", f"{metric.name}: {metric.items:,} {metric.noun}, {metric.unit}, {better} is better", ""]
+        lines += [
+            "",
+            f"{metric.name}: {metric.items:,} {metric.noun}{'s' if metric.items > 1 else ''}, {metric.unit}, {better} is better",
+            "",
+        ]
         for finding in (f for f in comparison.findings if f.metric == metric.name):
             p = "" if finding.corrected_p is None else f" (p = {finding.corrected_p:.2g})"
             lines.append(f"- {finding.verdict}{p}")

@@ -63,11 +63,11 @@ class Difference:
         """Probability that chance alone makes a difference of at least this size, (...)."""
         # given what the seeds' variance really is (a scaled inverse chi-squared), the error is normal; t pays for few items
         degrees = self.degrees[..., None]
-        seeds = self.seeds[..., None] * degrees / stats.chi2.ppf(UNIFORM, degrees)
+        seeds = self.seeds[..., None] * degrees / (2 * special.gammaincinv(degrees / 2, UNIFORM))
         spread = np.sqrt(seeds + np.asarray(self.items)[..., None])
         distance = np.abs(np.asarray(distance))[..., None]
         scaled = np.divide(distance, spread, out=np.where(distance > 0, np.inf, np.zeros_like(spread)), where=spread > 0)
-        return 2 * (WEIGHTS * stats.t.sf(scaled, self.n_items - 1)).sum(-1)
+        return 2 * (WEIGHTS * special.stdtr(self.n_items - 1, -scaled)).sum(-1)
 
     @property
     def p(self) -> np.ndarray:
