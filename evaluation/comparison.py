@@ -89,17 +89,17 @@ def _columns(name: str, scores: dict[str, ItemScores]) -> _Columns:
     one = next(iter(scores.values()))
     column = "nats" if one.kind == "text" else str(one.summary.get("metric", "correct"))
     for run, s in scores.items():
-        if column not in s.columns or not len(s):
-            raise ValueError(f"the scores of {run} on {name} have no {column}; evaluate it again")
+        if missing := {column, *(["bytes"] if s.kind == "text" else [])} - s.columns.keys():
+            raise ValueError(f"the scores of {run} on {name} have no {missing.pop()}; evaluate it again")
         if not np.isfinite(s.columns[column]).all():
             raise ValueError(f"the scores of {run} on {name} hold numbers that are not finite; evaluate it again")
     values = {run: s.columns[column].astype(float) for run, s in scores.items()}
-    if one.kind != "text":
-        return _Columns({"correct": "accuracy"}.get(column, column), False, "item", values, np.ones(len(one)))
-    weights = one.columns["bytes"].astype(float)
+    weights = one.columns["bytes"].astype(float) if one.kind == "text" else np.ones(len(one))
     if weights.sum() == 0:
-        raise ValueError(f"{name} holds no text")
-    return _Columns("bits/byte", True, "document", {run: nats / math.log(2) for run, nats in values.items()}, weights)
+        raise ValueError(f"{name} holds nothing to compare on")
+    if one.kind == "text":
+        return _Columns("bits/byte", True, "document", {run: nats / math.log(2) for run, nats in values.items()}, weights)
+    return _Columns({"correct": "accuracy"}.get(column, column), False, "item", values, weights)
 
 
 def as_text(value: float, scale: float) -> str:
@@ -123,15 +123,14 @@ def _advice(found: Difference, level: float) -> str:
     size = abs(float(found.value))
     if size == 0:
         return "they came out alike"
-    needed = seeds_needed(found, size, level)
-    text = as_text(size, size)
-    if needed is None and (times := items_needed(found, size, level)) > 0.5:
-        return f"for a difference of {text} at least {math.ceil(2 * times)} times as many items are needed, with any number of seeds"
+    needed, target = seeds_needed(found, size, level), f"needed for a difference of {as_text(size, size)}"
     if needed is None:
-        return f"more than {MOST_SEEDS:,} seeds of each needed for a difference of {text}"
-    if found.n_runs[0] == found.n_runs[1]:
-        return f"about {(more := needed - found.n_runs[0])} more seed{'s' if more > 1 else ''} of each needed for a difference of {text}"
-    return f"about {needed} seeds of each needed for a difference of {text}"
+        times = math.ceil(2 * items_needed(found, size, level))  # half of the error is left to the seeds
+        items = f"at least {times} times as many items are {target}, with any number of seeds"
+        return items if times > 1 else f"more than {MOST_SEEDS:,} seeds of each {target}"
+    more = needed - found.n_runs[0]
+    counted = f"{needed} seeds" if found.n_runs[0] != found.n_runs[1] else f"{more} more seed{'s' if more > 1 else ''}"
+    return f"about {counted} of each {target}"
 
 
 def _verdict(finding: Finding, unit: str, found: Difference | None, level: float) -> str:

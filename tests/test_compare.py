@@ -83,7 +83,7 @@ def test_too_few_items_are_told_from_too_few_seeds():
     rng = np.random.default_rng(0)
     right = {name: [item_scores("task", "t", correct=(rng.random(40) < 0.5).astype(float))] * 3 for name in "ab"}
     variants = {name: {f"{name}{i}": {"t": s} for i, s in enumerate(scores)} for name, scores in right.items()}
-    assert "times as many items are needed, with any number of seeds" in compare_variants(variants).findings[0].verdict
+    assert "times as many items are needed for a difference of " in compare_variants(variants).findings[0].verdict
 
 
 def test_holm_counts_every_comparison_of_the_call():
@@ -107,6 +107,8 @@ def break_scores(variants: dict, fault: str) -> None:
         sets["held out"] = dataclasses.replace(scores, items=content_hash("others"))
     elif fault == "no column":
         sets["held out"] = dataclasses.replace(scores, columns={"bytes": scores.columns["bytes"]})
+    elif fault == "no bytes":
+        sets["held out"] = dataclasses.replace(scores, columns={"nats": scores.columns["nats"]})
     elif fault == "nothing in common":
         sets["elsewhere"] = sets.pop("held out")
     elif fault == "twice":
@@ -125,10 +127,11 @@ def break_scores(variants: dict, fault: str) -> None:
         ("nan", "the scores of b1 on held out hold numbers that are not finite"),
         ("other items", "different items of held out"),
         ("no column", "the scores of b1 on held out have no nats"),
+        ("no bytes", "the scores of b1 on held out have no bytes"),
         ("nothing in common", "no documents and no tasks in common"),
         ("twice", "b1 is named twice"),
         ("one variant", "only one variant, b"),
-        ("no text", "held out holds no text"),
+        ("no text", "held out holds nothing to compare on"),
     ],
 )
 def test_scores_that_cannot_be_compared(fault, part):
