@@ -77,19 +77,25 @@ def learning_curve(metrics: Path) -> list[Point]:
     return points
 
 
-def _common_name(names: list[str]) -> str:
+def common_name(names: list[str]) -> str:
     """`checkpoints/stories_seed1`, `checkpoints/stories_seed2` -> `stories`; a single name stays as it is."""
     if len(names) == 1:
         return names[0]
     start = os.path.commonprefix([name.rstrip("/") for name in names])
-    return Path(re.sub(r"[\W_]*(seed|s)?[\W_]*\d*$", "", start)).name
+    return Path(re.sub(r"([\W_]+(seed|s))?[\W_]*\d*$", "", start)).name
+
+
+def _share_a_seed(runs: list[Run]) -> bool:
+    """Whether two of these runs are known to have the same seed."""
+    seeds = [run.seed for run in runs if run.seed is not None]
+    return len(set(seeds)) < len(seeds)
 
 
 def group_runs(words: list[str]) -> tuple[dict[str, list[Run]], list[str]]:
     """Runs, or NAME=RUN,RUN, as variants by their names, and notes on what a reader must know.
 
     Runs that are equal but for seed and place are one variant, unless two of them have the same seed: those are models to compare, such as
-    two checkpoints of one run. Raises FileNotFoundError; ValueError for what is named twice.
+    two checkpoints of one run. So are HF folders, which tell no seed. Raises FileNotFoundError; ValueError for what is named twice.
     """
     variants, loose, notes = {}, {}, []
     for word in words:
@@ -98,18 +104,16 @@ def group_runs(words: list[str]) -> tuple[dict[str, list[Run]], list[str]]:
             if name in variants or not name or not all(members.split(",")):
                 raise ValueError(f"{word}: give NAME=RUN,RUN, each name once")
             variants[name] = [read_run(member) for member in members.split(",")]
-            if len({run.seed for run in variants[name]}) < len(variants[name]):
+            if _share_a_seed(variants[name]):
                 raise ValueError(f"two runs of {name} have the same seed, so they say nothing of the training's variance; name one of them")
         else:
             run = read_run(word)
             loose.setdefault(run.recipe, []).append(run)
     for runs in loose.values():
-        seeds = [run.seed for run in runs]
-        alone = len(set(seeds)) < len(seeds)
-        if alone:
+        if share := _share_a_seed(runs):
             notes.append(f"{' and '.join(run.name for run in runs)} share a seed, so each is taken for a variant of its own")
-        for members in [[run] for run in runs] if alone else [runs]:
-            name = _common_name([run.name for run in members])
+        for members in [[run] for run in runs] if share or runs[0].seed is None else [runs]:
+            name = common_name([run.name for run in members])
             variants[name if name and name not in variants else members[0].name] = members
     check_number(variants)
     _check_distinct([run for runs in variants.values() for run in runs])

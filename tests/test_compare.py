@@ -14,7 +14,7 @@ import compare
 from compare import document_scores, read_documents
 from evaluation.comparison import compare_variants
 from evaluation.comparison_report import Point, render, write_comparison
-from evaluation.variants import group_runs, learning_curve, read_run
+from evaluation.variants import common_name, group_runs, learning_curve, read_run
 from formats.data_directory import DataDirectory
 from formats.scores import ItemScores, content_hash, write_scores
 from tests.conftest import tiny
@@ -197,6 +197,21 @@ def test_runs_equal_but_for_their_seeds_are_one_variant(runs):
     assert notes == []
     variants, _ = group_runs([f"x={runs}/bad/1,{runs}/good_seed2", f"y={runs}/bad/3", f"{runs}/bad/2"])
     assert [*variants] == ["x", "y", f"{runs}/bad/2"] and len(variants["x"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("places", "expected"),
+    [
+        (["runs/stories_seed1", "runs/stories_seed2/"], "stories"),
+        (["stories1", "stories2"], "stories"),
+        (["runs/data_v1/1", "runs/data_v1/2"], "data_v1"),
+        (["main_1337", "main_1"], "main"),
+        (["1", "2"], ""),
+        (["runs/one"], "runs/one"),
+    ],
+)
+def test_the_name_of_a_variant(places, expected):
+    assert common_name(places) == expected
 
 
 def test_models_of_one_seed_are_variants_of_their_own(trained_run):
