@@ -1,13 +1,14 @@
 """Speed, memory and learning of the stages, also beside a peer that runs from its own checkout.
 
-    python benchmark.py train
     python benchmark.py train --against nanogpt ../nanoGPT
     python benchmark.py prepare --text stories.txt --large_megabytes 1000
     python benchmark.py quality --against nanogpt ../nanoGPT --text tinyshakespeare.txt
+    python benchmark.py statistics
 
-prepare  megabytes per second and peak memory of prepare_data.py, a bare loop of tiktoken, and datasets.map in two processes
-train    tokens per second and peak memory of train.py, as a fraction of what this machine's matrix products reach
-quality  how long training on a text (the last tenth is held out) takes to reach the peer's loss, and what it reaches in the peer's time
+prepare     megabytes per second and peak memory of prepare_data.py, a bare loop of tiktoken, and datasets.map in two processes
+train       tokens per second and peak memory of train.py, as a fraction of what this machine's matrix products reach
+quality     how long training on a text (the last tenth is held out) takes to reach the peer's loss, and what it reaches in the peer's time
+statistics  how often the intervals and verdicts of compare.py are wrong, on simulated runs without any true difference
 
 Ours and the peer's run in turn, `--rounds` times each; medians are printed. Other programs on the same cores spoil the figures.
 """
@@ -21,7 +22,7 @@ from utils import Checked, Count, choose_device, read_command_line, run_script
 import tyro
 from annotated_types import Ge
 
-from benchmarks import preparation, quality, training
+from benchmarks import preparation, quality, statistics, training
 from benchmarks.harness import workplace
 
 
@@ -29,8 +30,8 @@ from benchmarks.harness import workplace
 class Arguments(Checked):
     """Flags of benchmark.py."""
 
-    stage: tyro.conf.Positional[Literal["prepare", "train", "quality"]]
-    """prepare, train or quality."""
+    stage: tyro.conf.Positional[Literal["prepare", "train", "quality", "statistics"]]
+    """prepare, train, quality or statistics."""
     against: tuple[str, str] | None = None
     """A peer and its checkout: nanogpt DIR."""
     rounds: Count = 5
@@ -43,6 +44,8 @@ class Arguments(Checked):
     """prepare: size of the corpus."""
     large_megabytes: Count | None = None
     """prepare: measure the memory for a corpus of this size too."""
+    simulations: Count = 2000
+    """statistics: studies that are simulated for each scenario and number of seeds."""
     device: str = "auto"
     """auto, cpu or cuda."""
 
@@ -60,6 +63,9 @@ def main(argv: list[str] | None = None) -> int:
     checkout = Path(args.against[1]) if args.against else None
     if checkout is not None and not (checkout / "train.py").is_file():
         raise FileNotFoundError(f"no train.py in {checkout}; give the directory of nanoGPT's checkout")
+    if args.stage == "statistics":
+        statistics.measure(args.simulations)
+        return 0
     with workplace() as cwd:
         if args.stage == "train":
             training.measure(args.rounds, args.steps, choose_device(args.device), checkout, cwd)

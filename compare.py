@@ -1,13 +1,12 @@
 """Several runs -> which data (or model) is better, and how sure that is.
 
-    python compare.py checkpoints/data_v1 checkpoints/data_v2 --data_dir ./data_v1 ./data_v2
-    python compare.py checkpoints/*/best_model.pt --data_dir ./data --split val
+    python compare.py checkpoints/stories_* checkpoints/books_* --data_dir ./data_stories ./data_books
+    python compare.py stories=runs/a,runs/b,runs/c books=runs/d,runs/e,runs/f --data_dir ./data --output comparison
 
-Each run reads the same documents with its own tokenizer; bits per byte make them comparable whatever the tokenizers are. Differences are
-paired per document, which takes most of the chance out of them. They compare these models: for a claim about datasets, train several seeds.
+Runs that are equal but for seed and run directory are one variant. Each run reads the same documents with its own tokenizer; bits per byte
+make them comparable whatever the tokenizers are. The intervals cover the luck of the training (its seeds) and of the held-out items.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,11 +15,14 @@ from utils import Checked, Count, choose_device, notice, read_command_line, run_
 import numpy as np
 import tyro
 
+from evaluation.comparison import compare_variants
+from evaluation.comparison_report import comparison_directory, render, write_comparison
 from evaluation.held_out import Scorer, from_texts, read_texts
 from evaluation.measures import why_no_bits_per_byte
+from evaluation.variants import Run, by_variant, group_runs
 from formats.data_directory import DataDirectory
-from formats.outputs import output_file, write_json
-from formats.run_directory import find_checkpoint, load_model
+from formats.run_directory import load_model
+from formats.scores import SCORES, ItemScores, read_scores
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Arguments(Checked):
     """Flags of compare.py."""
 
     runs: tyro.conf.Positional[tuple[str, ...]]
-    """Runs, as evaluate.py --checkpoint takes them; two or more."""
+    """Runs, as evaluate.py --checkpoint takes them, or variants as NAME=RUN,RUN; two or more."""
     data_dir: tuple[str, ...] = ("./data",)
     """Data directories whose documents are read."""
     split: Literal["train", "val", "test"] | None = None
@@ -42,7 +44,7 @@ class Arguments(Checked):
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     output: str | None = None
-    """JSON file for the results."""
+    """Directory for compare.json, compare.md and compare.png, a picture of differences and learning curves."""
 
     def problems(self) -> list[str]:
         problems = []
@@ -64,70 +66,51 @@ def read_documents(data: DataDirectory, split: str, limit: int | None) -> list[s
     return read_texts(data.tokenizer, tokens)[:limit]
 
 
-def document_bits(run: str, texts: list[str], device: str, batch_size: int) -> np.ndarray:
-    """Bits that a run needs for each document, its end included, (documents,) float64. Raises ValueError for a lossy tokenizer."""
-    model, tokenizer, path, _ = load_model(run, device)
-    documents = from_texts(tokenizer, texts)
-    reason = why_no_bits_per_byte(tokenizer, documents.tokens)
-    if reason:
-        raise ValueError(f"{path} can't be compared: {reason}; train it with a byte-level tokenizer")
-    return Scorer(model, tokenizer, str(path), batch_size=batch_size).score(documents).columns["nats"] / math.log(2)
+def read_sets(args: Arguments) -> dict[str, list[str]]:
+    """The texts to compare on, by the names of their directory and split. Raises FileNotFoundError, ValueError."""
+    sets = {}
+    for data in [DataDirectory(name, verify=args.verify_data) for name in args.data_dir]:
+        split = args.split or ("val" if "val" in data.splits and "test" not in data.splits else "test")
+        if args.split is None and split == "val":
+            notice(f"{data.name} has no test split; its val split is read")
+        sets[f"{data.name} {split}"] = read_documents(data, split, args.max_documents)
+    return sets
 
 
-def paired_difference(bits: np.ndarray, other: np.ndarray, n_bytes: np.ndarray) -> tuple[float, float]:
-    """Difference of two models' bits per byte over the same documents, and its standard error.
+def run_scores(run: Run, sets: dict[str, list[str]], device: str, batch_size: int) -> dict[str, ItemScores]:
+    """What a run makes of each document of each set, and the tasks that evaluate.py ran with this model.
 
-    All (documents,). The error is that of a ratio of sums over documents (Cochran 1977, "Sampling Techniques", chapter 6);
-    NaN for fewer than two documents.
+    What evaluate.py has scored before is taken from there. Raises ValueError for a lossy tokenizer or a broken model.
     """
-    difference = bits - other
-    ratio = difference.sum() / n_bytes.sum()
-    if len(bits) < 2:
-        return float(ratio), math.nan
-    residual = difference - ratio * n_bytes
-    return float(ratio), float(math.sqrt(len(bits)) * residual.std(ddof=1) / n_bytes.sum())
-
-
-def verdict(difference: float, error: float) -> str:
-    if math.isnan(error):
-        return "one document says nothing about chance"
-    if abs(difference) <= 2 * error:
-        return "no clear difference"
-    return f"{abs(difference) / error:.0f} standard errors" if error else "in every document alike"
+    model, tokenizer, path, _ = load_model(run.name, device)
+    known = read_scores(path.parent / SCORES)
+    scorer = Scorer(model, tokenizer, str(path), known.values(), batch_size)
+    scores = {name: saved for name, saved in known.items() if saved.kind == "task" and saved.model == scorer.hash}
+    for name, texts in sets.items():
+        held_out = from_texts(tokenizer, texts)
+        reason = why_no_bits_per_byte(tokenizer, held_out.tokens)
+        if reason:
+            raise ValueError(f"{path} can't be compared: {reason}; train it with a byte-level tokenizer")
+        scores[name] = scorer.score(held_out)
+    return scores
 
 
 def main(argv: list[str] | None = None) -> int:
     args = read_command_line(Arguments, argv, __doc__)
-    device, results = choose_device(args.device), {}
-    directories = [DataDirectory(name, verify=args.verify_data) for name in args.data_dir]
-    models = {run: find_checkpoint(run) for run in args.runs}
-    same = [run for run in args.runs if list(models.values()).count(models[run]) > 1]
-    if same:
-        raise ValueError(f"{' and '.join(same)} mean the same model, {models[same[0]]}; name each run by its own directory")
-    output = None if args.output is None else output_file(args.output, "comparison", models.values())
-    for name, data in zip(args.data_dir, directories):
-        split = args.split or ("val" if "val" in data.splits and "test" not in data.splits else "test")
-        if args.split is None and split == "val":
-            notice(f"{name} has no test split; its val split is read")
-        texts = read_documents(data, split, args.max_documents)
-        n_bytes = np.array([len(text.encode()) for text in texts], float)
-        bits = {run: document_bits(run, texts, device, args.batch_size) for run in args.runs}
-        ranked = sorted(args.runs, key=lambda run: bits[run].sum())
-        width = max(map(len, args.runs))
-        print(f"{name} {split}: {len(texts):,} documents, {int(n_bytes.sum()):,} bytes")
-        results[name] = {}
-        for run in ranked:
-            per_byte = float(bits[run].sum() / n_bytes.sum())
-            difference, error = paired_difference(bits[run], bits[ranked[0]], n_bytes)
-            line = f"  {run:{width}}  {per_byte:.4f} bits/byte"
-            if run != ranked[0]:
-                line += f"  +{difference:.4f} ± {error:.4f}  ({verdict(difference, error)})"
-            print(line)
-            error = None if math.isnan(error) else error
-            results[name][run] = {"bits_per_byte": per_byte, "above_best": difference, "standard_error": error}
-    if output is not None:
-        write_json(output, results)
-        notice(f"written to {output}")
+    device, sets = choose_device(args.device), read_sets(args)
+    variants, notes = group_runs(list(args.runs))
+    directory = None if args.output is None else comparison_directory(args.output)
+    for name, runs in variants.items():
+        notice(f"{name}: {', '.join(run.name for run in runs)}")
+    for note in notes:
+        notice(f"warning: {note}")
+    every = [run for runs in variants.values() for run in runs]
+    scores = {run.name: run_scores(run, sets, device, args.batch_size) for run in every}
+    comparison = compare_variants(by_variant(variants, scores), notes)
+    if directory is not None:
+        write_comparison(directory, comparison, {name: [run.curve for run in runs] for name, runs in variants.items()})
+        notice(f"written to {directory}")
+    print(render(comparison))
     return 0
 
 

@@ -102,8 +102,6 @@ def measure(held_out: HeldOut, tokenizer: TextTokenizer, score: Score, ends: np.
     result |= {"tokens": len(held_out.tokens), "bytes": held_out.n_bytes, "documents": len(ends)}
     if reason:
         result["bits_per_byte_reason"] = reason
-    elif held_out.entropy is not None:
-        result |= compare_with_entropy(nats / math.log(2), held_out.entropy, held_out.n_bytes)
     hits, top = (per_document(values.astype(np.int64), ends) for values in (score.hits, score.top))
     return result, {"nats": nats, "tokens": tokens, "bytes": held_out.sizes, "hits": hits, "top5": top}
 
@@ -144,12 +142,16 @@ class Scorer:
         Raises ValueError for a model whose weights give no probabilities.
         """
         tokens, eot_id = held_out.tokens, self.tokenizer.eot_id
-        method = [METHOD, self.stride, self.stream, held_out.n_bytes, held_out.entropy]
+        method = [METHOD, self.stride, self.stream, held_out.n_bytes]
         key = content_hash(self.hash, held_out.items, hashlib.sha256(tokens.tobytes()).hexdigest(), method)
-        if key in self.known:
-            return self.known[key]
-        score = score_tokens(self.model, tokens, eot_id, self.batch_size, self.stride, bar="evaluating", stream=self.stream)
-        check_finite(score, self.name)
-        summary, columns = measure(held_out, self.tokenizer, score, document_ends(tokens, eot_id))
-        summary |= {"positions": score.positions.tolist(), "calibration": score.calibration.tolist()}
-        return ItemScores(key, held_out.items, "text", summary, columns, self.hash)
+        scores = self.known.get(key)
+        if scores is None:
+            score = score_tokens(self.model, tokens, eot_id, self.batch_size, self.stride, bar="evaluating", stream=self.stream)
+            check_finite(score, self.name)
+            summary, columns = measure(held_out, self.tokenizer, score, document_ends(tokens, eot_id))
+            summary |= {"positions": score.positions.tolist(), "calibration": score.calibration.tolist()}
+            scores = ItemScores(key, held_out.items, "text", summary, columns, self.hash)
+        if held_out.entropy is None or scores.summary["bits_per_byte"] is None:
+            return scores
+        above = compare_with_entropy(scores.columns["nats"] / math.log(2), held_out.entropy, held_out.n_bytes)
+        return replace(scores, summary=scores.summary | above)

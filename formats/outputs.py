@@ -110,7 +110,7 @@ def _rows_with(content: object, *kinds: set[str]) -> bool:
 # what scripts write as single files -> what tells that a JSON object is such a file
 KINDS = {
     "evaluation": lambda content: _rows_with(content, {"loss", "perplexity"}, {"texts", "ended"}, {"accuracy", "items"}),
-    "comparison": lambda content: _rows_with(content, {"bits_per_byte", "above_best"}),
+    "comparison": lambda content: {"metrics", "findings", "notes"} <= content.keys(),
     "tokenizer": lambda content: {"model", "added_tokens"} <= content.keys(),
 }
 # the same for files that aren't JSON -> what stands near their beginning

@@ -88,33 +88,23 @@ IN_THE_WAY = {
 
 
 @pytest.mark.parametrize("name", IN_THE_WAY)
-@pytest.mark.parametrize("script", ["evaluate.py", "compare.py", "tokenizer_train.py"])
-def test_a_file_in_the_way_is_refused_before_any_work(tmp_path, text, trained_run, sample_dir, refused, monkeypatch, script, name):
-    for work in ("evaluate.load_model", "compare.load_model", "tokenizer_train.make_tokenizer"):
+@pytest.mark.parametrize("script", ["evaluate.py", "tokenizer_train.py"])
+def test_a_file_in_the_way_is_refused_before_any_work(tmp_path, text, trained_run, refused, monkeypatch, script, name):
+    for work in ("evaluate.load_model", "tokenizer_train.make_tokenizer"):
         monkeypatch.setattr(work, lambda *_: pytest.fail("the work began"))
     sentence, make = IN_THE_WAY[name]
     make(tmp_path / name)
-    shutil.copy(trained_run / "best_model.pt", tmp_path / "other.pt")
-    arguments = {
-        "evaluate.py": ["--checkpoint", trained_run, "--text", text],
-        "compare.py": [trained_run, tmp_path / "other.pt", "--data_dir", sample_dir],
-        "tokenizer_train.py": ["--input", text],
-    }
-    if script == "compare.py" and "reads" in sentence:
-        sentence = "is there already"  # it reads no text
+    arguments = {"evaluate.py": ["--checkpoint", trained_run, "--text", text], "tokenizer_train.py": ["--input", text]}
     assert sentence in refused(script, *arguments[script], "--output", name)
 
 
-@pytest.mark.parametrize(
-    ("script", "arguments"),
-    [("evaluate.py", ["--checkpoint", "run", "--text", "s.txt"]), ("compare.py", ["run", "run/step_00000020.pt", "--data_dir", "d"])],
-)
-def test_the_directory_of_a_file_must_be_there(tmp_path, text, run, sample_dir, refused, script, arguments):
+def test_the_directory_of_a_file_must_be_there(tmp_path, text, run, sample_dir, refused):
+    arguments = ["--checkpoint", "run", "--text", "s.txt", "--output"]
     shutil.copytree(sample_dir, tmp_path / "d")
-    assert "there is no directory missing" in refused(script, *arguments, "--output", "missing/e.json")
+    assert "there is no directory missing" in refused("evaluate.py", *arguments, "missing/e.json")
     for source in ("d/val.bin", "run/metrics.jsonl", "run/config.json", "d/meta.json"):
-        assert "is there already" in refused(script, *arguments, "--output", source)
-    assert "this command reads it" in refused(script, *arguments, "--output", "run/best_model.pt")
+        assert "is there already" in refused("evaluate.py", *arguments, source)
+    assert "this command reads it" in refused("evaluate.py", *arguments, "run/best_model.pt")
 
 
 def test_an_evaluation_replaces_an_evaluation_and_nothing_beside_it(tmp_path, text, run, refused):
