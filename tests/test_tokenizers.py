@@ -291,19 +291,19 @@ def test_every_kind_on_real_languages(real_data, monkeypatch):
         assert TRAINED["bpe"].unknown_id is TRAINED["byte"].unknown_id is None
 
 
-def test_gpt2_without_network_names_the_way_out(tmp_path, script):
+def test_gpt2_without_network_names_the_way_out(tmp_path, program):
     story = tmp_path / "story.txt"
     story.write_text("Once upon a time.\n" * 50)
     offline = {"TIKTOKEN_CACHE_DIR": str(tmp_path / "empty"), "HTTPS_PROXY": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
-    process = script("prepare_data.py", "--input", story, "--output", tmp_path / "data", code=2, **offline)
+    process = program("prepare_data.py", "--input", story, "--output", tmp_path / "data", code=2, **offline)
     assert "--tokenizer bpe" in process.stderr and not (tmp_path / "data").exists()
 
 
-def test_training_tells_how_good_a_tokenizer_is_and_shows_it(tmp_path, script):
+def test_training_tells_how_good_a_tokenizer_is_and_shows_it(tmp_path, script, program):
     write_stories(tmp_path / "s.txt", TEXTS * 3)  # 60 different ones
     offline = {"TIKTOKEN_CACHE_DIR": str(tmp_path / "empty"), "HTTPS_PROXY": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
     flags = ["--input", "s.txt", "--kind", "word", "--vocab_size", 300, "--lowercase", "--output", "t.json"]
-    process = script("tokenizer_train.py", *flags, cwd=tmp_path, **offline)
+    process = program("tokenizer_train.py", *flags, cwd=tmp_path, **offline)
     tokenizer = load_tokenizer(tmp_path / "t.json")
     assert tokenizer.vocab_size == 300 and tokenizer.normalizers == ("Lowercase",)
     assert re.search(r"\d\.\d\d bytes/token on [\d,]+ characters of held-out text; GPT-2's can't be had", process.stdout)

@@ -499,10 +499,10 @@ def test_mistakes_are_one_sentence_and_leave_nothing(tmp_path, sample_dir, mista
     assert [p.name for p in tmp_path.iterdir()] == ["data"]
 
 
-def test_a_missing_package_is_one_sentence(tmp_path, script):
+def test_a_missing_package_is_one_sentence(tmp_path, program):
     (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')\n")
     for name in ("train.py", "generate.py", "evaluate.py", "export_model.py"):
-        process = script(name, cwd=tmp_path, code=2, PYTHONPATH=str(tmp_path))
+        process = program(name, cwd=tmp_path, code=2, PYTHONPATH=str(tmp_path))
         assert process.stderr == "error: the package 'torch' is not installed; run: pip install -r requirements.txt\n"
 
 
