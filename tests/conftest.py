@@ -51,26 +51,21 @@ def check_end(process: subprocess.CompletedProcess, code: int | None) -> subproc
     return process
 
 
+def run_here(name: str, *args, cwd: Path = ROOT, code: int | None = 0, stdin: str | None = None) -> subprocess.CompletedProcess:
+    """How a script's main, run in this process, ended. A process of its own would spend seconds on imports before it does anything."""
+    main = importlib.import_module(name.removesuffix(".py")).main
+    out, err = io.StringIO(newline=None), io.StringIO(newline=None)
+    text = sys.stdin if stdin is None else io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8")
+    streams = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), mock.patch("sys.stdin", text)
+    with contextlib.chdir(cwd), streams[0], streams[1], streams[2], pytest.raises(SystemExit) as stop:
+        utils.run_script(lambda: main([*map(str, args)]))
+    return check_end(subprocess.CompletedProcess([name, *args], stop.value.code, out.getvalue(), err.getvalue()), code)
+
+
 @pytest.fixture
 def script():
-    """script("train.py", "--preset", "nano", cwd=..., code=0) -> how the script's main, run in this process, ended.
-
-    A process of its own would spend seconds on imports before it does anything; `program` starts one.
-    """
-
-    def run(name: str, *args, cwd: Path = ROOT, code: int | None = 0, stdin: str = "") -> subprocess.CompletedProcess:
-        main = importlib.import_module(name.removesuffix(".py")).main
-        out, err, text = (
-            io.StringIO(newline=None),
-            io.StringIO(newline=None),
-            io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8"),
-        )
-        streams = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), mock.patch("sys.stdin", text)
-        with contextlib.chdir(cwd), streams[0], streams[1], streams[2], pytest.raises(SystemExit) as stop:
-            utils.run_script(lambda: main([*map(str, args)]))
-        return check_end(subprocess.CompletedProcess([name, *args], stop.value.code, out.getvalue(), err.getvalue()), code)
-
-    return run
+    """script("train.py", "--preset", "nano", cwd=..., code=0) -> how it ended, in this process; `program` starts one."""
+    return run_here
 
 
 @pytest.fixture
@@ -86,9 +81,9 @@ def program():
 
 
 @pytest.fixture
-def mistake(script):
+def mistake():
     """mistake("train.py", *arguments, cwd=...) -> what stands on stderr, one sentence at its end, when the script exits with 2."""
-    return lambda name, *args, cwd: script(name, *args, cwd=cwd, code=2).stderr
+    return lambda name, *args, cwd: run_here(name, *args, cwd=cwd, code=2).stderr
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from training.start import make_start, open_directories, read_arguments
 
 def test_compile(tmp_path, sample_dir, program):
     """Compiled training runs, says so, and saves the raw module's names."""
-    process = program("train.py", *tiny(data_dir=sample_dir, max_steps=3, out_dir=tmp_path / "run"), "--compile")
+    process = program("train.py", *tiny(data_dir=sample_dir, max_steps=3, n_layer=1, out_dir=tmp_path / "run"), "--compile")
     assert "compile    True: as asked" in process.stderr
     assert not any(name.startswith("_orig_mod") for name in load_checkpoint(tmp_path / "run" / "best_model.pt")["model"])
 

@@ -72,26 +72,21 @@ def test_a_mistake_in_config_is_one_sentence(tmp_path, program, line):
     assert "error: config.py: " in program(tmp_path / "train.py", cwd=tmp_path, code=2).stderr
 
 
-def test_edits_of_config_reach_the_saved_run_and_flags_and_presets_override_them(tmp_path, sample_dir, program):
-    """A copy of the project with another config.py, run as a user would."""
-    copy_project(tmp_path)
-    config = tmp_path / "config.py"
-    text = config.read_text()
-    edited = text.replace("model_config = ModelConfig.small()", "model_config = ModelConfig(block_size=16, n_layer=1, n_head=2, n_embd=16)")
-    edited = edited.replace(
-        "train_config = TrainConfig()", "train_config = TrainConfig(max_steps=2, batch_size=2, weight_decay=0.25, beta1=0.8)"
-    )
-    assert edited.count("n_embd=16") == 1 and edited.count("beta1=0.8") == 1
-    config.write_text(edited)
+def test_edits_of_config_reach_the_saved_run_and_flags_and_presets_override_them(tmp_path, sample_dir, script, monkeypatch):
+    """With other values in config.py; that the file itself is read, the journey of two versions of a dataset shows."""
+    model = ModelConfig(block_size=16, n_layer=1, n_head=2, n_embd=16)
+    monkeypatch.setattr("training.start.model_config", model)
+    monkeypatch.setattr("training.start.train_config", TrainConfig(max_steps=2, batch_size=2, weight_decay=0.25, beta1=0.8))
 
     def saved(out: str, *flags) -> dict:
-        program(tmp_path / "train.py", "--data_dir", sample_dir, "--out_dir", out, *flags, cwd=tmp_path)
+        script("train.py", "--data_dir", sample_dir, "--out_dir", out, *flags, cwd=tmp_path)
         return json.loads((tmp_path / out / "config.json").read_text())
 
-    edited = saved("a", "--weight_decay", 0.5)
-    assert (edited["model"]["n_embd"], edited["model"]["n_layer"], edited["model"]["vocab_size"]) == (16, 1, 512)
-    assert (edited["train"]["weight_decay"], edited["train"]["beta1"], edited["train"]["max_steps"]) == (0.5, 0.8, 2)
-    preset = saved("b", *tiny(max_steps=1, n_layer=3))
-    assert preset["model"]["arch"] == GPTConfig.nano().arch and preset["model"]["n_layer"] == 3
-    assert (preset["train"]["weight_decay"], preset["train"]["beta1"]) == (0.25, 0.8)  # the preset names neither
+    edits = saved("a")
+    assert (edits["model"]["n_embd"], edits["model"]["n_layer"], edits["model"]["vocab_size"]) == (16, 1, 512)
+    assert (edits["train"]["weight_decay"], edits["train"]["beta1"], edits["train"]["max_steps"]) == (0.25, 0.8, 2)
+    flags = saved("b", "--weight_decay", 0.5, "--n_layer", 2, "--max_steps", 1)
+    assert (flags["model"]["n_layer"], flags["train"]["weight_decay"], flags["train"]["beta1"]) == (2, 0.5, 0.8)
+    preset = saved("c", *tiny(max_steps=1))
+    assert preset["model"]["arch"] == GPTConfig.nano().arch and preset["train"]["beta1"] == 0.8  # the preset does not name beta1
     assert preset["train"]["muon_learning_rate"] == PRESETS["nano"][1].get("muon_learning_rate", TrainConfig().muon_learning_rate)
