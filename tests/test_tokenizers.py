@@ -193,6 +193,23 @@ def test_char_ids_are_those_of_nanogpt():
     assert tokenizer.eot_id >= len(characters)
 
 
+def test_whole_words_from_whose_text_the_decoder_takes_signs_are_not_lossless():
+    """The decoder of word parts, which takes ## away, behind a model of whole words, which never puts it there."""
+    content = json.loads(TRAINED["wordpiece"].json)
+    assert TRAINED["wordpiece"].loss_reason is None
+    content["model"] = {"type": "WordLevel", "vocab": content["model"]["vocab"], "unk_token": content["model"]["unk_token"]}
+    assert "does not give back" in TextTokenizer(json.dumps(content)).loss_reason
+
+
+def test_an_interruption_of_tiktoken_is_no_panic_of_its_own(monkeypatch):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tiktoken.Encoding, "encode_to_numpy", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        BPE.encode("a text")
+
+
 @pytest.mark.parametrize("kind", ["word", "wordpiece"])
 def test_words_and_word_parts_give_known_text_back_exactly(kind):
     tokenizer = make_tokenizer(kind, TEXTS, 4000)
