@@ -16,8 +16,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from training.machine import Machine
-
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -106,6 +104,8 @@ def print_matrix_rate(device: str) -> float:
     """
     import torch
     from torch.utils.benchmark import Timer
+
+    from training.machine import Machine
 
     machine = Machine.choose(device, "auto", False)
     x, weight = (torch.randn(rows, 384, device=device, dtype=machine.dtype) for rows in (2048, 1536))

@@ -11,6 +11,7 @@ import torch
 from annotated_types import Ge
 from pydantic import AllowInfNan
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from config import GPTConfig, TrainConfig
 from formats.outputs import write_atomically
@@ -107,6 +108,21 @@ def _configuration(kind: type, values: dict, all_fields: bool):
     return kind(**values)
 
 
+class Uninitialised(TorchFunctionMode):
+    """Context in which torch's layers leave their weights as they are."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return None if getattr(function, "__module__", None) == "torch.nn.init" else function(*args, **(kwargs or {}))
+
+
+class Shapes(GPT):
+    """A network for the names and shapes of its weights. To compute values on the meta device, torch would load its compiler,
+    which takes a second or more."""
+
+    def init_weights(self) -> None:
+        pass
+
+
 def empty_weights(config: GPTConfig, count: int) -> dict[str, Tensor]:
     """Name -> weight of a network of this shape, without memory for its values. count: how many weights a file has.
 
@@ -115,8 +131,8 @@ def empty_weights(config: GPTConfig, count: int) -> dict[str, Tensor]:
     if config.n_layer > count:
         raise ValueError(f"n_layer={config.n_layer}, but it holds only {count} weights")
     try:
-        with torch.device("meta"):
-            return GPT(config).state_dict()
+        with torch.device("meta"), Uninitialised():
+            return Shapes(config).state_dict()
     except (RuntimeError, TypeError, OverflowError):  # torch's, for sizes beyond 64 bits
         raise ValueError(f"no memory holds a network of n_embd={config.n_embd}, n_hidden={config.mlp_width}") from None
 

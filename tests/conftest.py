@@ -1,10 +1,14 @@
 """What the tests share: the real data where it is, small data of our own, and the scripts run as a user runs them."""
 
+import contextlib
 import importlib
+import io
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -19,6 +23,7 @@ import utils  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background with Ctrl-C ignored
 
 TINY = {"preset": "nano", "n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "batch_size": 4, "gradient_accumulation_steps": 2}
 TINY |= {"learning_rate": 1e-2, "device": "cpu", "dtype": "float32", "eval_tokens": 2000, "log_interval": 1}
@@ -36,40 +41,49 @@ def real_data() -> Path:
     return DATA
 
 
+def check_end(process: subprocess.CompletedProcess, code: int | None) -> subprocess.CompletedProcess:
+    """That it ended with this code, if one is given; with 2 only after one sentence."""
+    if code is not None:
+        assert process.returncode == code, f"exit {process.returncode}\n{process.stdout}\n{process.stderr}"
+    if code == 2:
+        assert "Traceback" not in process.stderr
+        assert process.stderr.strip().splitlines()[-1].startswith("error: "), process.stderr
+    return process
+
+
+def run_here(name: str, *args, cwd: Path = ROOT, code: int | None = 0, stdin: str | None = None) -> subprocess.CompletedProcess:
+    """How a script's main, run in this process, ended. A process of its own would spend seconds on imports before it does anything."""
+    main = importlib.import_module(name.removesuffix(".py")).main
+    out, err = io.StringIO(newline=None), io.StringIO(newline=None)
+    text = sys.stdin if stdin is None else io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8")
+    streams = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), mock.patch("sys.stdin", text)
+    with contextlib.chdir(cwd), streams[0], streams[1], streams[2], pytest.raises(SystemExit) as stop:
+        utils.run_script(lambda: main([*map(str, args)]))
+    return check_end(subprocess.CompletedProcess([name, *args], stop.value.code, out.getvalue(), err.getvalue()), code)
+
+
 @pytest.fixture
 def script():
-    """script("train.py", "--preset", "nano", cwd=..., code=0) -> the finished process; one thread, so that tests can share cores."""
+    """script("train.py", "--preset", "nano", cwd=..., code=0) -> how it ended, in this process; `program` starts one."""
+    return run_here
+
+
+@pytest.fixture
+def program():
+    """As `script`, in a process of its own, with variables of the environment; one thread, so that tests can share cores."""
 
     def run(name: str, *args, cwd: Path | None = None, code: int | None = 0, stdin: str = "", **env) -> subprocess.CompletedProcess:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | env
-        process = subprocess.run(
-            [sys.executable, str(ROOT / name), *map(str, args)], cwd=cwd, input=stdin, capture_output=True, text=True, env=environment
-        )
-        if code is not None:
-            assert process.returncode == code, f"exit {process.returncode}\n{process.stdout}\n{process.stderr}"
-        if code == 2:
-            assert "Traceback" not in process.stderr
-            assert process.stderr.strip().splitlines()[-1].startswith("error: "), process.stderr
-        return process
+        command = [sys.executable, str(ROOT / name), *map(str, args)]
+        return check_end(subprocess.run(command, cwd=cwd, input=stdin, capture_output=True, text=True, env=environment), code)
 
     return run
 
 
 @pytest.fixture
-def mistake(monkeypatch, capsys):
-    """mistake("train.py", *arguments, cwd=...) -> the one sentence on stderr with which the script, run in this process, exits with 2."""
-
-    def run(name: str, *args, cwd: Path) -> str:
-        main = importlib.import_module(name.removesuffix(".py")).main
-        with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit_code:
-            patch.chdir(cwd)
-            utils.run_script(lambda: main([*map(str, args)]))
-        stderr = capsys.readouterr().err
-        assert exit_code.value.code == 2
-        assert stderr.strip().splitlines()[-1].startswith("error: ")
-        return stderr
-
-    return run
+def mistake():
+    """mistake("train.py", *arguments, cwd=...) -> what stands on stderr, one sentence at its end, when the script exits with 2."""
+    return lambda name, *args, cwd: run_here(name, *args, cwd=cwd, code=2).stderr
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,18 @@
 """Runs compared and watched, for several test files."""
 
+import contextlib
+import multiprocessing
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+
+import utils
 
 import torch
 
+import train
 from formats.data_directory import DataDirectory
 from formats.metrics import read_metrics
 from formats.run_directory import newest_checkpoint
@@ -44,8 +50,29 @@ def assert_same_run(a, b):
     assert lines(a) == lines(b)
 
 
-def start(*args, program=ROOT / "train.py", **options) -> subprocess.Popen:
-    """train.py, or another program that calls it, in a process of its own."""
+# Processes that train come from a server that has imported what a training needs, once: each of them would spend 5 seconds on it.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["tests.runs", "matplotlib.figure", "torch._dynamo"])
+
+
+def _train(arguments: list[str], output: str, prepare: Callable[[], None] | None, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    with open(output, "w", encoding="utf-8", buffering=1) as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        if prepare is not None:
+            prepare()
+        utils.run_script(lambda: train.main(arguments))
+
+
+def training(*arguments, output, prepare: Callable[[], None] | None = None, **environment: str) -> multiprocessing.Process:
+    """train.py in a process of its own, which writes what it says into the file `output`. prepare: called there first, to patch modules."""
+    process = SERVER.Process(target=_train, args=([*map(str, arguments)], str(output), prepare, environment), daemon=True)
+    with contextlib.chdir(ROOT):  # where the server finds its modules
+        process.start()
+    return process
+
+
+def start(*args, program, **options) -> subprocess.Popen:
+    """A program in a process of its own."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen([sys.executable, str(program), *map(str, args)], stderr=subprocess.PIPE, text=True, env=environment, **options)
 

@@ -9,16 +9,21 @@ from formats.checkpoint import load_checkpoint
 from models import GPT
 from tests.conftest import tiny
 from training.machine import Machine
-from training.pace import make_objective
+from training.pace import duration, make_objective
 from training.processes import Processes
 from training.start import make_start, open_directories, read_arguments
 
 
-def test_compile(tmp_path, sample_dir, script):
+def test_compile(tmp_path, sample_dir, program):
     """Compiled training runs, says so, and saves the raw module's names."""
-    process = script("train.py", *tiny(data_dir=sample_dir, max_steps=3, out_dir=tmp_path / "run"), "--compile")
+    process = program("train.py", *tiny(data_dir=sample_dir, max_steps=3, n_layer=1, out_dir=tmp_path / "run"), "--compile")
     assert "compile    True: as asked" in process.stderr
     assert not any(name.startswith("_orig_mod") for name in load_checkpoint(tmp_path / "run" / "best_model.pt")["model"])
+
+
+def test_a_duration_is_told_in_the_largest_unit_of_which_there_is_half_more_than_one():
+    told = {89: "89 seconds", 90: "1.5 minutes", 5399: "90.0 minutes", 5400: "1.5 hours", 129_599: "36.0 hours", 129_600: "1.5 days"}
+    assert {seconds: duration(seconds) for seconds in told} == told
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,11 @@
 """Exact resume: whatever kills a training, what it becomes after a resume equals what it would have become."""
 
+import functools
 import itertools
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -16,7 +18,7 @@ import train
 from formats.data_directory import DataDirectory
 from formats.run_directory import newest_checkpoint, step_checkpoints
 from tests.conftest import ROOT, tiny
-from tests.runs import assert_same_run, lines, start, wait_for_lines
+from tests.runs import assert_same_run, lines, training, wait_for_lines
 from training.data_order import Batches, TrainingData, samples_of_step
 
 FACTORS = {
@@ -26,7 +28,7 @@ FACTORS = {
     "dropout": [0.2, 0.0],
     "gradient_accumulation_steps": [2, 1],
     "ema_decay": [0.0, 0.9],
-    "length": [{"max_steps": 24}, {"epochs": 1.8, "block_size": 256, "batch_size": 8}],  # 1.8: across the end of an epoch
+    "length": [{"max_steps": 24}, {"epochs": 1.1, "block_size": 256, "batch_size": 8}],  # 1.1: across the end of an epoch
     "killed_at": [[13], [2], [10], [6, 17]],  # midway, during warmup, right after an evaluation, twice
     "compile": ["False", "True"],
 }
@@ -49,27 +51,16 @@ EAGER = [c for c in COMBINATIONS if c["compile"] == "False"]
 FAST = [*EAGER[:3], next(c for c in EAGER if "epochs" in c["length"])]
 
 
-def kill_at(tmp_path, step: int, arguments: list[str]) -> None:
-    """Run train.py in a process of its own that kills itself before this step."""
-    program = tmp_path / "killed.py"
-    program.write_text(
-        f"""
-import os, signal, sys
-sys.path.insert(0, {str(ROOT)!r})
-import train
-original = train.training_step
-def killed(learner, batches, step, stopped):
-    if step == {step}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(learner, batches, step, stopped)
-train.training_step = killed
-train.main()
-"""
-    )
-    process = subprocess.run(
-        [sys.executable, program, *arguments], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-    )
-    assert process.returncode == -9, process.stderr
+def kill_before(last: int) -> None:
+    """Let this process kill itself before that step."""
+    original = train.training_step
+
+    def killed(learner, batches, step, stopped):
+        if step == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(learner, batches, step, stopped)
+
+    train.training_step = killed
 
 
 def check_resume(tmp_path, sample_dir, combination: dict) -> None:
@@ -90,7 +81,9 @@ def check_resume(tmp_path, sample_dir, combination: dict) -> None:
     assert last > max(killed_at)
     parts = [*arguments, "--out_dir", str(tmp_path / "parts"), "--resume", "auto"]
     for step in killed_at:
-        kill_at(tmp_path, step, parts)
+        process = training(*parts, output=tmp_path / "said", prepare=functools.partial(kill_before, step))
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, (tmp_path / "said").read_text()
     if flags["compile"] == "True":
         subprocess.run([sys.executable, ROOT / "train.py", *parts], env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
     else:
@@ -120,11 +113,11 @@ def kill_at_random(tmp_path, sample_dir, kills: int, seed: int) -> None:
     rng, run = random.Random(seed), tmp_path / "parts"
     for _ in range(kills):
         before = len(lines(run)) if run.exists() else 0
-        process = start(*arguments, "--out_dir", run, "--resume", "auto")
+        process = training(*arguments, "--out_dir", run, "--resume", "auto", output=tmp_path / "said")
         wait_for_lines(run, before // 2 + 3)
         time.sleep(rng.random() * 0.3)
         process.kill()
-        process.communicate()
+        process.join()
         if step_checkpoints(run):
             newest_checkpoint(run)  # whole
     assert train.main([*arguments, "--out_dir", str(run), "--resume", "auto"]) == 0

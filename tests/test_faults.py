@@ -6,18 +6,20 @@ import pickle
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import train
 from config import GPTConfig, TrainConfig
 from formats.checkpoint import load_checkpoint
 from formats.run_directory import step_checkpoints
 from models import GPT
 from tests.conftest import ROOT, tiny
-from tests.runs import assert_same_run, start, wait_for_lines
+from tests.runs import assert_same_run, training, wait_for_lines
 from training import estimates
 from training.machine import Machine
 from training.processes import Processes
@@ -183,30 +185,25 @@ def test_names_inside_files_never_lead_outside(tmp_path, sample_dir, mistake):
     assert "outside of the folder" in mistake("train.py", "--init_from", folder, "--data_dir", sample_dir, cwd=tmp_path)
 
 
+def evaluate_forever() -> None:
+    def evaluate(*args):
+        while True:
+            time.sleep(0.05)
+
+    train.evaluate = evaluate
+
+
 def test_a_second_signal_aborts(tmp_path, sample_dir):
     """The first one waits for an evaluation that never ends; the second ends the process at once."""
-    program = tmp_path / "stuck.py"
-    program.write_text(
-        f"""
-import sys, time
-sys.path.insert(0, {str(ROOT)!r})
-import train
-def evaluate(*args):
-    while True:
-        time.sleep(0.05)
-train.evaluate = evaluate
-train.main()
-"""
-    )
     arguments = tiny(data_dir=sample_dir, out_dir=tmp_path / "run", max_steps=20, eval_interval=4)
-    process = start(*arguments, program=program)
+    process = training(*arguments, output=tmp_path / "said", prepare=evaluate_forever)
     wait_for_lines(tmp_path / "run", 4)
     process.terminate()
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(timeout=1)
+    process.join(1)
+    assert process.is_alive()
     process.terminate()
-    process.communicate(timeout=60)
-    assert process.returncode == 143
+    process.join(60)
+    assert process.exitcode == 143
 
 
 def test_too_little_memory_shrinks_the_batch_to_the_largest_that_fits(tmp_path, sample_dir, mistake, monkeypatch):

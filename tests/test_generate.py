@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from generation.streaming import decode_stream, until_stop
 from preparation.tokenizer_kinds import byte_tokenizer, char_tokenizer, train_bpe
+from tests.conftest import ROOT
 
 BPE, BYTE = train_bpe(["one little two little three little frogs"], 280), byte_tokenizer()
 
@@ -18,14 +20,21 @@ def run(script, checkpoint, *args, **options):
     return script("generate.py", "--checkpoint", checkpoint, "--device", "cpu", *args, **options)
 
 
-def test_the_line_of_the_readme(tmp_path, trained_run, script):
+def test_the_line_of_the_readme(tmp_path, trained_run, script, program):
     (tmp_path / "checkpoints").mkdir()
     shutil.copy(trained_run / "best_model.pt", tmp_path / "checkpoints")
     arguments = ["--model_path", "best_model.pt", "--prompt", "Once upon a time", "--max_length", 100]
-    process = script("generate.py", *arguments, cwd=tmp_path)
+    process = program("generate.py", *arguments, cwd=tmp_path)
     assert process.stdout.startswith("Once upon a time")
     seed = re.search(r"seed (\d+)", process.stderr)[1]
     assert script("generate.py", *arguments, "--seed", seed, cwd=tmp_path).stdout == process.stdout
+
+
+def test_generation_does_not_load_the_compiler_of_torch(trained_run):
+    """It would take longer to load than the text to write."""
+    arguments = ["--checkpoint", str(trained_run), "--prompt", "Once", "--max_new_tokens", "1", "--device", "cpu"]
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import generate; generate.main({arguments}); "
+    assert subprocess.run([sys.executable, "-c", code + "sys.exit('torch._dynamo' in sys.modules)"]).returncode == 0
 
 
 def test_seeds(trained_run, script):
@@ -68,9 +77,6 @@ def test_stop_texts(trained_run, script):
 def test_a_conversation_on_a_terminal(trained_run):
     import os
     import pty
-    import subprocess
-
-    from tests.conftest import ROOT
 
     ours, theirs = pty.openpty()
     command = [sys.executable, str(ROOT / "generate.py"), "--checkpoint", str(trained_run), "--max_new_tokens", "5", "--seed", "1"]

@@ -29,15 +29,15 @@ def write_texts(directory, word: str, files: int = 3):
         (directory / f"{i}.txt").write_text("<|endoftext|>\n".join(documents))
 
 
-def test_the_main_job_of_the_readme(tmp_path, script):
-    script("prepare_data.py", "--sample", "--sample_stories", 200, "--vocab_size", 400, cwd=tmp_path)
-    process = script("train.py", "--preset", "nano", *SMALL, "--max_steps", 3, "--eval_tokens", 1000, cwd=tmp_path)
+def test_the_main_job_of_the_readme(tmp_path, program):
+    program("prepare_data.py", "--sample", "--sample_stories", 200, "--vocab_size", 400, cwd=tmp_path)
+    process = program("train.py", "--preset", "nano", *SMALL, "--max_steps", 3, "--eval_tokens", 1000, cwd=tmp_path)
     assert "a perfect model" in process.stdout
-    process = script("generate.py", "--prompt", "Once upon a time", "--max_new_tokens", 20, cwd=tmp_path)
+    process = program("generate.py", "--prompt", "Once upon a time", "--max_new_tokens", 20, cwd=tmp_path)
     assert process.stdout.startswith("Once upon a time") and "checkpoints/best_model.pt" in process.stderr
 
 
-def test_two_versions_of_a_dataset_by_editing_config(tmp_path, script):
+def test_two_versions_of_a_dataset_by_editing_config(tmp_path, program):
     """data_dir is changed in config.py, train.py run, changed again, run again; compare.py tells which data made the better model."""
     copy_project(tmp_path)
     config = tmp_path / "config.py"
@@ -50,15 +50,15 @@ def test_two_versions_of_a_dataset_by_editing_config(tmp_path, script):
         inputs = sorted((tmp_path / f"dataset_{version}").glob("*.txt"))
         tokenizer = ["--tokenizer", "bpe", "--vocab_size", 300] if version == "v1" else ["--tokenizer", "./data_v1"]
         output = ["--output", f"./data_{version}", "--no_report"]
-        script(tmp_path / "prepare_data.py", "--input", *inputs, *output, *tokenizer, cwd=tmp_path)
+        program(tmp_path / "prepare_data.py", "--input", *inputs, *output, *tokenizer, cwd=tmp_path)
         edited = original.replace("model_config = ModelConfig.small()", small)
         edited = edited.replace("train_config = TrainConfig()", f'train_config = TrainConfig(data_dir="./data_{version}", max_steps=20)')
         config.write_text(edited)
-        script(tmp_path / "train.py", cwd=tmp_path)
+        program(tmp_path / "train.py", cwd=tmp_path)
         saved = json.loads((tmp_path / "checkpoints" / f"data_{version}" / "config.json").read_text())
         assert saved["train"]["data_dir"] == [f"./data_{version}"]
     runs = [f"checkpoints/data_{version}" for version in ("v1", "v2")]
-    process = script(tmp_path / "compare.py", *runs, "--data_dir", "./data_v1", "./data_v2", cwd=tmp_path)
+    process = program(tmp_path / "compare.py", *runs, "--data_dir", "./data_v1", "./data_v2", cwd=tmp_path)
     tables = process.stdout.split("./data_v2 test: ")
     assert all(run in table for run in runs for table in tables) and process.stdout.count("one seed doesn't cover") == 2
 

@@ -150,8 +150,8 @@ def test_a_local_dataset_folder(tmp_path, script):
     assert "--text_field" in process.stderr and "story" in process.stderr and not (tmp_path / "other" / "meta.json").exists()
 
 
-def test_a_dataset_that_cannot_be_had(tmp_path, script):
-    process = script("prepare_data.py", "--dataset", "nobody/nothing", "--output", "data", *BYTES, cwd=tmp_path, code=2)
+def test_a_dataset_that_cannot_be_had(tmp_path, program):
+    process = program("prepare_data.py", "--dataset", "nobody/nothing", "--output", "data", *BYTES, cwd=tmp_path, code=2)
     assert "--sample" in process.stderr and "--input" in process.stderr and not (tmp_path / "data").exists()
 
 

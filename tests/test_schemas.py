@@ -484,6 +484,7 @@ def test_an_option_that_ours_does_not_compute_is_refused_by_name_and_value(folde
         ("gpt2", {"attn_pdrop": 0.3, "use_cache": False, "torch_dtype": "float16", "_name_or_path": "x", "n_ctx": 16}),
         ("gpt2", {"rope_scaling": None, "quantization_config": None, "output_hidden_states": True}),
         ("qwen3", {"rope_scaling": None, "sliding_window": 4096, "max_window_layers": 0, "attention_dropout": 0.1}),
+        ("qwen3", {"partial_rotary_factor": 1.0, "use_sliding_window": False}),
         ("qwen3", {"rope_parameters": None, "rope_theta": 10000, "rope_scaling": {"rope_type": "default"}}),
     ],
 )

@@ -261,9 +261,9 @@ def test_a_streamed_dataset_is_read_no_further_than_needed(tmp_path, monkeypatch
     assert meta["sources"] == [{"name": "some/set:validation", "split": "val"}, {"name": "some/set:train"}]
 
 
-def test_a_hub_that_cannot_be_reached(tmp_path, script):
+def test_a_hub_that_cannot_be_reached(tmp_path, program):
     nowhere = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "cache")}
-    process = script("prepare_data.py", "--dataset", "nobody/nothing", "--output", "d", cwd=tmp_path, code=2, **nowhere)
+    process = program("prepare_data.py", "--dataset", "nobody/nothing", "--output", "d", cwd=tmp_path, code=2, **nowhere)
     assert "--sample" in process.stderr and "--input" in process.stderr and not (tmp_path / "d").exists()
 
 

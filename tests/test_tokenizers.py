@@ -193,6 +193,23 @@ def test_char_ids_are_those_of_nanogpt():
     assert tokenizer.eot_id >= len(characters)
 
 
+def test_whole_words_from_whose_text_the_decoder_takes_signs_are_not_lossless():
+    """The decoder of word parts, which takes ## away, behind a model of whole words, which never puts it there."""
+    content = json.loads(TRAINED["wordpiece"].json)
+    assert TRAINED["wordpiece"].loss_reason is None
+    content["model"] = {"type": "WordLevel", "vocab": content["model"]["vocab"], "unk_token": content["model"]["unk_token"]}
+    assert "does not give back" in TextTokenizer(json.dumps(content)).loss_reason
+
+
+def test_an_interruption_of_tiktoken_is_no_panic_of_its_own(monkeypatch):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tiktoken.Encoding, "encode_to_numpy", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        BPE.encode("a text")
+
+
 @pytest.mark.parametrize("kind", ["word", "wordpiece"])
 def test_words_and_word_parts_give_known_text_back_exactly(kind):
     tokenizer = make_tokenizer(kind, TEXTS, 4000)
@@ -291,19 +308,19 @@ def test_every_kind_on_real_languages(real_data, monkeypatch):
         assert TRAINED["bpe"].unknown_id is TRAINED["byte"].unknown_id is None
 
 
-def test_gpt2_without_network_names_the_way_out(tmp_path, script):
+def test_gpt2_without_network_names_the_way_out(tmp_path, program):
     story = tmp_path / "story.txt"
     story.write_text("Once upon a time.\n" * 50)
     offline = {"TIKTOKEN_CACHE_DIR": str(tmp_path / "empty"), "HTTPS_PROXY": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
-    process = script("prepare_data.py", "--input", story, "--output", tmp_path / "data", code=2, **offline)
+    process = program("prepare_data.py", "--input", story, "--output", tmp_path / "data", code=2, **offline)
     assert "--tokenizer bpe" in process.stderr and not (tmp_path / "data").exists()
 
 
-def test_training_tells_how_good_a_tokenizer_is_and_shows_it(tmp_path, script):
+def test_training_tells_how_good_a_tokenizer_is_and_shows_it(tmp_path, script, program):
     write_stories(tmp_path / "s.txt", TEXTS * 3)  # 60 different ones
     offline = {"TIKTOKEN_CACHE_DIR": str(tmp_path / "empty"), "HTTPS_PROXY": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
     flags = ["--input", "s.txt", "--kind", "word", "--vocab_size", 300, "--lowercase", "--output", "t.json"]
-    process = script("tokenizer_train.py", *flags, cwd=tmp_path, **offline)
+    process = program("tokenizer_train.py", *flags, cwd=tmp_path, **offline)
     tokenizer = load_tokenizer(tmp_path / "t.json")
     assert tokenizer.vocab_size == 300 and tokenizer.normalizers == ("Lowercase",)
     assert re.search(r"\d\.\d\d bytes/token on [\d,]+ characters of held-out text; GPT-2's can't be had", process.stdout)

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 
 import pytest
@@ -18,8 +17,8 @@ from formats.data_directory import DataDirectory
 from formats.run_directory import newest_checkpoint, step_checkpoints, step_path
 from models import GPT, NextTokenLoss
 from preparation.tokenizer_kinds import train_bpe
-from tests.conftest import ROOT, tiny
-from tests.runs import assert_same_run, lines, start, wait_for_lines
+from tests.conftest import tiny
+from tests.runs import assert_same_run, lines, training, wait_for_lines
 from training.data_order import Batches, TrainingData
 from training.learner import Learner, passes_of_step
 from training.machine import Machine
@@ -65,11 +64,11 @@ def test_the_best_model_is_the_one_of_the_lowest_loss(tmp_path, sample_dir, monk
 def test_a_signal_saves_and_the_same_command_line_goes_on(tmp_path, sample_dir, script, number, code):
     arguments = tiny(data_dir=sample_dir, max_steps=60, eval_interval=20, resume="auto")
     script("train.py", *arguments, "--out_dir", tmp_path / "whole")
-    process = start(*arguments, "--out_dir", tmp_path / "parts")
+    process = training(*arguments, "--out_dir", tmp_path / "parts", output=tmp_path / "said")
     wait_for_lines(tmp_path / "parts", 5)
-    process.send_signal(number)
-    _, stderr = process.communicate(timeout=120)
-    assert process.returncode == code and "everything saved" in stderr
+    os.kill(process.pid, number)
+    process.join(120)
+    assert process.exitcode == code and "everything saved" in (tmp_path / "said").read_text()
     stopped_at = newest_checkpoint(tmp_path / "parts")[1]["step"]
     assert 5 <= stopped_at < 60
     script("train.py", *arguments, "--out_dir", tmp_path / "parts")
@@ -399,8 +398,8 @@ def test_a_directory_of_nanogpt_trains_with_a_given_tokenizer(tmp_path, sample_d
 
 
 def test_export_at_the_end(tmp_path, sample_dir, script):
-    script("train.py", *tiny(data_dir=sample_dir, max_steps=2, out_dir=tmp_path / "run", export="onnx"))
-    assert (tmp_path / "run" / "best_model.onnx").is_file() and (tmp_path / "run" / "best_model.pt").is_file()
+    script("train.py", *tiny(data_dir=sample_dir, max_steps=2, out_dir=tmp_path / "run", export="torchscript"))
+    assert (tmp_path / "run" / "best_model.ts.pt").is_file() and (tmp_path / "run" / "best_model.pt").is_file()
 
 
 def test_patience_ends_a_run_that_gets_no_better(tmp_path, sample_dir, script):
@@ -499,24 +498,16 @@ def test_mistakes_are_one_sentence_and_leave_nothing(tmp_path, sample_dir, mista
     assert [p.name for p in tmp_path.iterdir()] == ["data"]
 
 
-def test_a_missing_package_is_one_sentence(tmp_path, script):
+def test_a_missing_package_is_one_sentence(tmp_path, program):
     (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')\n")
     for name in ("train.py", "generate.py", "evaluate.py", "export_model.py"):
-        process = script(name, cwd=tmp_path, code=2, PYTHONPATH=str(tmp_path))
+        process = program(name, cwd=tmp_path, code=2, PYTHONPATH=str(tmp_path))
         assert process.stderr == "error: the package 'torch' is not installed; run: pip install -r requirements.txt\n"
 
 
-def test_bare_train_on_a_cpu_warns_and_goes_on(tmp_path, sample_dir):
+def test_bare_train_on_a_cpu_warns_and_goes_on(tmp_path, sample_dir, script, monkeypatch):
     """`small` on a CPU: the estimate, a pasteable line, and then the training itself starts."""
     shutil.copytree(sample_dir, tmp_path / "data")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "train.py"), "--device", "cpu", "--block_size", "64", "--batch_size", "1"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment)
-    seen = ""
-    for line in process.stderr:
-        seen += line
-        if (tmp_path / "checkpoints" / "metrics.jsonl").exists() or "nano" in line:
-            break
-    process.kill()
-    process.communicate()
-    assert "about" in seen and "python train.py --preset nano --out_dir checkpoints/nano" in seen
+    monkeypatch.setattr(train, "training_step", lambda *_: sys.exit(7))
+    process = script("train.py", "--device", "cpu", "--block_size", 64, "--batch_size", 1, cwd=tmp_path, code=7)
+    assert "about" in process.stderr and "python train.py --preset nano --out_dir checkpoints/nano" in process.stderr
