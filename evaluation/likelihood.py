@@ -18,6 +18,7 @@ from tqdm import tqdm
 from evaluation.measures import ROWS
 from models import GPT, KVCache
 
+TAILS = 4  # what windows don't share is read in batches smaller by this: their lengths differ more, and padding costs as much as text
 Request = tuple[Sequence[int], Sequence[int]]  # ids of the context, at least one; ids of the continuation
 
 
@@ -112,37 +113,49 @@ def pick(model: GPT, features: Tensor, rows: list[int], targets: list[int]) -> t
     return nats.numpy(), hits.numpy()
 
 
-def score_groups(model: GPT, groups: list[Group], nats: np.ndarray, greedy: np.ndarray) -> None:
-    """Add to nats (N,) the log-probability of what the windows predict, and turn greedy (N,) off where a token isn't the most probable."""
+class Scorer:
+    """Adds up what the windows of requests predict. nats: (N,) float64, log-probability so far. greedy: (N,) bool."""
 
-    def add(features: Tensor, parts: list[tuple[Window, int, int, int]]) -> None:
-        """parts: a window; what it reads from position `begin` to `end` stands in `features` from the row of position 0, `zero`, on."""
+    def __init__(self, model: GPT, requests: int):
+        self.model = model
+        self.nats, self.greedy = np.zeros(requests), np.ones(requests, bool)
+
+    def add(self, features: Tensor, parts: list[tuple[Window, int, int, int]]) -> None:
+        """parts: window, row of features (N, C) that its position 0 has or would have, and the positions begin to end that predict."""
         spots = [(zero + i, window.ids[i + 1], window.request) for window, zero, begin, end in parts for i in range(begin, end)]
         if spots:
             rows, targets, requests = zip(*spots)
-            values, hits = pick(model, features, rows, targets)
-            np.add.at(nats, [*requests], values)
-            np.logical_and.at(greedy, [*requests], hits)
+            nats, hits = pick(self.model, features, rows, targets)
+            np.add.at(self.nats, [*requests], nats)
+            np.logical_and.at(self.greedy, [*requests], hits)
 
-    prefixes = padded([group.windows[0].ids[: group.shared] for group in groups], model.device)
-    rest = [(g, window) for g, group in enumerate(groups) for window in group.windows if len(window.ids) - 1 > group.shared]
-    cache = None
-    if rest:
-        cache = KVCache(replace(model.config, block_size=prefixes.size(1)), len(groups), model.device, model.wte.weight.dtype)
-    features = model.features(prefixes, cache).flatten(0, 1)
-    width = prefixes.size(1)
-    add(features, [(w, g * width, w.first - 1, min(group.shared, len(w.ids) - 1)) for g, group in enumerate(groups) for w in group.windows])
-    if not rest:
-        return
-    start = min(groups[g].shared for g, _ in rest)  # the others read the end of their prefix again, so that all rows go on at once
-    tails = padded([window.ids[start:-1] for _, window in rest], model.device)
-    owners = [g for g, _ in rest]
-    own = KVCache(replace(model.config, block_size=start + tails.size(1)), len(rest), model.device, model.wte.weight.dtype)
-    for mine, theirs in ((own.k, cache.k), (own.v, cache.v)):
-        mine[..., :start, :] = theirs[:, owners, :, :start]
-    own.length = start
-    features, width = model.features(tails, own).flatten(0, 1), tails.size(1)
-    add(features, [(w, r * width - start, max(w.first - 1, groups[g].shared), len(w.ids) - 1) for r, (g, w) in enumerate(rest)])
+    def cache(self, rows: int, length: int) -> KVCache:
+        return KVCache(replace(self.model.config, block_size=length), rows, self.model.device, self.model.wte.weight.dtype)
+
+    def score(self, groups: list[Group], tails: int) -> None:
+        """Read what each group shares, then the rest of its windows, `tails` of them at once."""
+        rest = [(g, window) for g, group in enumerate(groups) for window in group.windows if len(window.ids) - 1 > group.shared]
+        prefixes = padded([group.windows[0].ids[: group.shared] for group in groups], self.model.device)
+        width = prefixes.size(1)
+        cache = self.cache(len(groups), width) if rest else None
+        features = self.model.features(prefixes, cache).flatten(0, 1)
+        members = [(g, group.shared, window) for g, group in enumerate(groups) for window in group.windows]
+        self.add(features, [(w, g * width, w.first - 1, min(shared, len(w.ids) - 1)) for g, shared, w in members])
+        rest.sort(key=lambda member: len(member[1].ids))  # rows of about the same length together
+        for start in range(0, len(rest), tails):
+            self.score_tails(groups, rest[start : start + tails], cache)
+
+    def score_tails(self, groups: list[Group], rest: list[tuple[int, Window]], cache: KVCache) -> None:
+        """Windows with their group's number go on behind what they share, whose keys and values are in the cache."""
+        start = min(groups[g].shared for g, _ in rest)  # the others read the end of their prefix again, so that all rows begin together
+        tails = padded([window.ids[start:-1] for _, window in rest], self.model.device)
+        width, owners = tails.size(1), [g for g, _ in rest]
+        own = self.cache(len(rest), start + width)
+        for mine, theirs in ((own.k, cache.k), (own.v, cache.v)):
+            mine[..., :start, :] = theirs[:, owners, :, :start]
+        own.length = start
+        features = self.model.features(tails, own).flatten(0, 1)
+        self.add(features, [(w, r * width - start, max(w.first - 1, groups[g].shared), len(w.ids) - 1) for r, (g, w) in enumerate(rest)])
 
 
 @torch.inference_mode()
@@ -154,13 +167,13 @@ def log_likelihoods(model: GPT, requests: Sequence[Request], batch_size: int = 3
     """
     if not all(context and continuation for context, continuation in requests):
         raise ValueError("a context and its continuation need at least one token each")
-    nats, greedy = np.zeros(len(requests)), np.ones(len(requests), bool)
+    scorer = Scorer(model, len(requests))
     tokens = np.array([len(continuation) for _, continuation in requests], np.int64)
     found = [window for i, request in enumerate(requests) for window in windows(i, *request, model.config.block_size)]
     with tqdm(total=len(found), desc=bar, unit="text", disable=None if bar else True, leave=False) as progress:
         for batch in batches_of(groups_of(found, batch_size), batch_size):
-            score_groups(model, batch, nats, greedy)
+            scorer.score(batch, max(1, batch_size // TAILS))
             progress.update(sum(len(group.windows) for group in batch))
-    if not np.isfinite(nats).all():
+    if not np.isfinite(scorer.nats).all():
         raise ValueError("the model computes numbers that are not finite; its weights are broken, take another one")
-    return Likelihoods(nats, greedy, tokens)
+    return Likelihoods(scorer.nats, scorer.greedy, tokens)

@@ -76,7 +76,7 @@ def test_what_choices_share_is_computed_once(monkeypatch):
     monkeypatch.setattr(network, "features", lambda idx, cache=None: read.append(idx.numel()) or features(idx, cache))
     monkeypatch.setattr(likelihood.F, "linear", counting)
     context = [0, 1, 2, 3, 4, 5]
-    log_likelihoods(network, [(context, [choice, 9]) for choice in range(4)])
+    log_likelihoods(network, [(context, [choice, 9]) for choice in range(4)], batch_size=16)
     assert read == [6, 4] and rows == [1, 4]
 
 
