@@ -6,6 +6,7 @@ Its command line with our model, which is called slm there:
 """
 
 import contextlib
+import functools
 import json
 import sys
 from importlib.metadata import version
@@ -44,7 +45,8 @@ class HarnessModel(TemplateLM):
 
     def __init__(self, checkpoint: str = "./checkpoints", batch_size: int | str = 32, device: str | None = None, **_):
         super().__init__()
-        self.model, self.text_tokenizer, *_ = load_model(checkpoint, choose_device(device or "auto"))
+        device = "auto" if device in (None, "cuda:0") else device  # the latter is the command line's default, also where there is none
+        self.model, self.text_tokenizer, *_ = load_model(checkpoint, choose_device(device))
         self.batch_size = int(batch_size)
 
     @classmethod
@@ -104,10 +106,16 @@ class HarnessModel(TemplateLM):
 # ---------------------------------------------------------------- its tasks for evaluate.py
 
 
-def load_tasks(names: list) -> dict[str, HarnessTask]:
+@functools.cache
+def task_manager(all_known: bool) -> TaskManager:
+    """What finds the harness's tasks; to know all their names it reads thousands of files."""
+    return TaskManager(include_defaults=all_known)
+
+
+def load_tasks(names: list, manager: TaskManager) -> dict[str, HarnessTask]:
     """The harness's tasks by their names, groups taken apart. Raises ValueError for what it doesn't know or can't get."""
     try:
-        return TaskManager().load(names)["tasks"]
+        return manager.load(names)["tasks"]
     except Exception as error:  # the harness, `datasets` and the hub raise a dozen kinds
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"lm-evaluation-harness can't load {', '.join(map(str, names))} ({type(error).__name__}: {reason})") from None
@@ -140,12 +148,13 @@ def run_harness_tasks(
 ) -> dict[str, ItemScores]:
     """The scores of tasks of lm-evaluation-harness (names, or configurations as dictionaries), as task_scores.run_tasks gives ours."""
     with contextlib.redirect_stdout(sys.stderr):  # the harness prints what it does
-        tasks = load_tasks(names)
+        manager = task_manager(not all(isinstance(name, dict) for name in names))
+        tasks = load_tasks(names, manager)
         hashes = {name: items_hash(task) for name, task in tasks.items()}
         keys = {name: content_hash(f"lm-eval {version('lm-eval')}", model_hash, items) for name, items in hashes.items()}
         new = [task for name, task in tasks.items() if name not in known or known[name].key != keys[name]]
         lm = HarnessModel.of(model, tokenizer, batch_size)
-        found = simple_evaluate(model=lm, tasks=new, bootstrap_iters=0, log_samples=True) if new else {}
+        found = simple_evaluate(model=lm, tasks=new, task_manager=manager, bootstrap_iters=0) if new else {}
     scores = {}
     for name, task in tasks.items():
         if task not in new:

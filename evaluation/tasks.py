@@ -15,7 +15,7 @@ from utils import Text
 
 import yaml
 from annotated_types import MinLen
-from jinja2 import StrictUndefined, TemplateError
+from jinja2 import StrictUndefined, Template, TemplateError, meta
 from jinja2.sandbox import SandboxedEnvironment
 from pydantic import JsonValue
 
@@ -183,20 +183,21 @@ class Reader:
     def __init__(self, task: TaskFile, fields: set[str]):
         self.task, self.fields = task, fields
         self.environment = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
-        self.templates: dict[str, object] = {}
+        self.templates: dict[str, tuple[Template, set[str]]] = {}  # text -> template, and the fields that it reads
 
     def value(self, key: str, doc: dict):
         """What the task's `key` says of a document: the field of that name as it is, else the template's text, else a plain value."""
         said = self.task[key]
         if not isinstance(said, str):
             return said
-        if said in self.fields or said.isidentifier():  # a lone word that is no field is a field's name mistyped
-            if said not in doc:
-                raise ValueError(f"there is no field {said!r}, only {', '.join(doc) or 'an empty object'}")
-            return doc[said]
-        if said not in self.templates:
-            self.templates[said] = self.environment.from_string(said)
-        return self.templates[said].render(**doc)
+        plain = said in self.fields or said.isidentifier()  # a lone word that is no field is a field's name mistyped
+        if not plain and said not in self.templates:
+            used = meta.find_undeclared_variables(self.environment.parse(said)) - self.environment.globals.keys()
+            self.templates[said] = (self.environment.from_string(said), used)
+        template, used = (None, {said}) if plain else self.templates[said]
+        if missing := sorted(used - doc.keys()):
+            raise ValueError(f"there is no field {', '.join(missing)}, only {', '.join(doc) or 'an empty object'}")
+        return doc[said] if plain else template.render(**doc)
 
     def choices(self, doc: dict) -> tuple[str, ...]:
         found = self.value("doc_to_choice", doc)
