@@ -2,11 +2,14 @@
 
 import importlib.util
 import random
+import re
 import sys
 from types import ModuleType
 
 import pytest
 
+import benchmark
+import benchmarks.tasks
 from evaluation.task_scores import run_tasks
 from evaluation.tasks import read_task
 from export.hf_folder import write_hf
@@ -67,25 +70,39 @@ def test_a_task_that_the_harness_does_not_know(harness):
 
 
 @pytest.fixture
-def hf_model(harness, tmp_path):
-    """Our model, and the same one as the harness runs it from an exported folder: what is asked of both is equal."""
-    transformers = pytest.importorskip("transformers")
+def transformers(harness, monkeypatch):
+    """The library. The harness also imports accelerate, which only several devices need: an empty one stands in if it is missing."""
+    library = pytest.importorskip("transformers")
+    assert library.AutoModelForCausalLM and library.AutoTokenizer  # they look for accelerate when they are first asked for
+    if importlib.util.find_spec("accelerate") is None:
+        empty, utilities = ModuleType("accelerate"), ModuleType("accelerate.utils")
+        for name in ("Accelerator", "InitProcessGroupKwargs", "find_executable_batch_size"):
+            setattr(empty, name, None)
+        utilities.get_max_memory = None
+        monkeypatch.setitem(sys.modules, "accelerate", empty)
+        monkeypatch.setitem(sys.modules, "accelerate.utils", utilities)
+    return library
+
+
+@pytest.fixture
+def hf_model(harness, transformers, tmp_path):
+    """Our model, and the same one as the harness runs it from an exported folder."""
+    from lm_eval.models.huggingface import HFLM
+
     model = model_for(BPE, block_size=32)
     write_hf(model, BPE, tmp_path / "hf")
     exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
-    if "accelerate" not in sys.modules and importlib.util.find_spec("accelerate") is None:
-        # the harness imports it, and uses it only for several devices
-        for name in ("accelerate", "accelerate.utils"):
-            sys.modules[name] = ModuleType(name)
-        for name in ("Accelerator", "InitProcessGroupKwargs", "find_executable_batch_size"):
-            setattr(sys.modules["accelerate"], name, None)
-        sys.modules["accelerate.utils"].get_max_memory = None
-    from lm_eval.models.huggingface import HFLM
-
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
-    yield harness.HarnessModel.of(model, BPE, 8), HFLM(pretrained=exported, tokenizer=tokenizer, batch_size=4)
-    for name in [name for name in sys.modules if name.split(".")[0] == "accelerate" and not hasattr(sys.modules[name], "__file__")]:
-        del sys.modules[name]
+    return harness.HarnessModel.of(model, BPE, 8), HFLM(pretrained=exported, tokenizer=tokenizer, batch_size=4)
+
+
+@pytest.mark.slow
+def test_the_benchmark_finds_the_same_on_both_sides(transformers, capsys, monkeypatch):
+    monkeypatch.setattr(benchmarks.tasks, "default_model", lambda: (model_for(BPE, block_size=256), BPE))
+    assert benchmark.main(["tasks", "--rounds", "1", "--items", "6", "--task", "sample_role"]) == 0
+    lines = capsys.readouterr().out.splitlines()[-4:]
+    assert lines[0].startswith("sample_role: 6 items, 12 texts") and lines[1].startswith("ours") and lines[2].startswith("harness")
+    assert re.search(r"x the harness's speed; accuracy 0\.\d+$", lines[3])  # a single figure: both found the same
 
 
 @pytest.mark.slow
