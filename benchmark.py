@@ -3,11 +3,13 @@
     python benchmark.py train --against nanogpt ../nanoGPT
     python benchmark.py prepare --text stories.txt --large_megabytes 1000
     python benchmark.py quality --against nanogpt ../nanoGPT --text tinyshakespeare.txt
+    python benchmark.py tasks --task hellaswag --checkpoint checkpoints/data
     python benchmark.py statistics
 
 prepare     megabytes per second and peak memory of prepare_data.py, a bare loop of tiktoken, and datasets.map in two processes
 train       tokens per second and peak memory of train.py, as a fraction of what this machine's matrix products reach
 quality     how long training on a text (the last tenth is held out) takes to reach the peer's loss, and what it reaches in the peer's time
+tasks       seconds to score a task, beside lm-evaluation-harness with the same model in transformers
 statistics  how often the intervals and verdicts of compare.py are wrong, on simulated runs without any true difference
 
 Ours and the peer's run in turn, `--rounds` times each; medians are printed. Other programs on the same cores spoil the figures.
@@ -22,16 +24,17 @@ from utils import Checked, Count, choose_device, read_command_line, run_script
 import tyro
 from annotated_types import Ge
 
-from benchmarks import preparation, quality, statistics, training
+from benchmarks import preparation, quality, statistics, tasks, training
 from benchmarks.harness import workplace
+from evaluation.tasks import DATA
 
 
 @dataclass(frozen=True)
 class Arguments(Checked):
     """Flags of benchmark.py."""
 
-    stage: tyro.conf.Positional[Literal["prepare", "train", "quality", "statistics"]]
-    """prepare, train, quality or statistics."""
+    stage: tyro.conf.Positional[Literal["prepare", "train", "quality", "tasks", "statistics"]]
+    """prepare, train, quality, tasks or statistics."""
     against: tuple[str, str] | None = None
     """A peer and its checkout: nanogpt DIR."""
     rounds: Count = 5
@@ -46,6 +49,14 @@ class Arguments(Checked):
     """prepare: measure the memory for a corpus of this size too."""
     simulations: Count = 2000
     """statistics: studies that are simulated for each scenario and number of seeds."""
+    task: str = "sample_name"
+    """tasks: what to score, as evaluate.py names it."""
+    task_data: str = DATA
+    """tasks: where the files of tasks are."""
+    items: Count = 200
+    """tasks: how many of its items."""
+    checkpoint: str | None = None
+    """tasks: the model. Default: nano with random weights."""
     device: str = "auto"
     """auto, cpu or cuda."""
 
@@ -71,6 +82,8 @@ def main(argv: list[str] | None = None) -> int:
             training.measure(args.rounds, args.steps, choose_device(args.device), checkout, cwd)
         elif args.stage == "prepare":
             preparation.measure(args.rounds, args.text, args.megabytes, args.large_megabytes, cwd)
+        elif args.stage == "tasks":
+            tasks.measure(args.rounds, args.checkpoint, args.task, Path(args.task_data), args.items, cwd)
         else:
             quality.measure(args.rounds, Path(args.text), checkout, cwd)
     return 0

@@ -85,7 +85,7 @@ def run_scores(run: Run, sets: dict[str, list[str]], device: str, batch_size: in
     model, tokenizer, path, _ = load_model(run.name, device)
     known = read_scores(path.parent / SCORES)
     scorer = Scorer(model, tokenizer, str(path), known.values(), batch_size)
-    scores = {name: saved for name, saved in known.items() if saved.kind == "task" and saved.model == scorer.hash}
+    scores = {name: saved for name, saved in known.items() if saved.model == scorer.hash and "correct" in saved.columns}
     for name, texts in sets.items():
         held_out = from_texts(tokenizer, texts)
         reason = why_no_bits_per_byte(tokenizer, held_out.tokens)

@@ -3,6 +3,7 @@
     python evaluate.py
     python evaluate.py --checkpoint checkpoints/stories --data_dir ./data_stories --split val test
     python evaluate.py --checkpoint best_model.pt --text story.txt --output metrics.json
+    python evaluate.py --tasks sample
     python evaluate.py --samples 100
 
 Computed in float32 over the whole split: each document from its own beginning, each token exactly once.
@@ -19,16 +20,19 @@ from utils import Checked, Count, Natural, NonNegative, Seed, choose_device, not
 from evaluation import samples
 from evaluation.held_out import HeldOut, Scorer, from_directory, from_texts
 from evaluation.plots import draw_evaluation
+from evaluation.report import print_positions, print_results, print_samples
+from evaluation.task_scores import run_tasks, task_table
+from evaluation.tasks import DATA, find_tasks
 from formats.data_directory import DataDirectory
 from formats.outputs import output_file, write_json
 from formats.run_directory import EVALUATION, find_checkpoint, load_model
 from formats.scores import ItemScores, read_known, write_scores
 from formats.tokenizer import TextTokenizer
 from models import GPT
+from preparation import sample_tasks
 from preparation.sample_corpus import GRAMMAR_PATH, load_grammar
 from preparation.sources import Format, find_files
 
-LEAK_STANDARD_ERRORS = 4
 DETAILS = ("positions", "calibration")  # of a set: for pictures
 
 
@@ -39,7 +43,7 @@ class Arguments(Checked):
     checkpoint: str = "./checkpoints"
     """A .pt file, an HF folder, or a run directory, also by its name below ./checkpoints. Default: the newest finished run there."""
     data_dir: tuple[str, ...] = ()
-    """Data directories. Default: ./data, unless --text or --samples is given."""
+    """Data directories. Default: ./data, unless --text, --tasks or --samples is given."""
     text: tuple[str, ...] = ()
     """Text files to evaluate, read as prepare_data.py reads them."""
     split: tuple[Literal["train", "val", "test"], ...] = ("val", "test")
@@ -53,6 +57,10 @@ class Arguments(Checked):
     """Cut the split into windows as if it were one text, as other projects do: most windows then begin inside a document."""
     positions: bool = False
     """Print how the loss falls with the number of tokens that the model has seen, and write it into the results."""
+    tasks: tuple[str, ...] = ()
+    """Tasks to score: sample (made from the sample corpus's grammar), names in tasks/, YAML files, or names in lm-evaluation-harness."""
+    task_data: str = DATA
+    """Where the files of tasks are."""
     samples: Natural = 0
     """Let the model write so many texts, and measure them: do they end, vary, repeat themselves or the training data?"""
     prompts: str | None = None
@@ -106,38 +114,6 @@ def read_directory(args: Arguments, tokenizer: TextTokenizer, name: str) -> dict
     return {split: from_directory(data, split) for split in asked if split in data.splits}
 
 
-def number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def between(interval: list[float] | None) -> str:
-    return "-" if interval is None else f"[{interval[0]:.4f}, {interval[1]:.4f}]"
-
-
-def print_results(results: dict[str, dict[str, dict]]) -> bool:
-    """Print the results; say where bits per byte are missing and why, and where a model is better than a perfect one. True if none is."""
-    honest, notes, width = True, [], max(map(len, results))
-    header = f"{'loss':>8} {'perplexity':>10} {'accuracy':>8} {'top 5':>6} {'bits/byte':>9} {'95% interval':>16} {'perfect':>8}"
-    print(f"{'data':{width}}  split  {header} {'tokens':>12} {'documents':>9}")
-    for name, split, r in ((name, split, r) for name, splits in results.items() for split, r in splits.items()):
-        line = f"{r['loss']:8.4f} {r['perplexity']:10.3f} {r['accuracy']:8.4f} {r['top5_accuracy']:6.3f} {number(r['bits_per_byte'], 4):>9}"
-        line += f" {between(r.get('bits_per_byte_interval')):>16} {number(r.get('entropy_bits_per_byte'), 4):>8}"
-        print(f"{name:{width}}  {split:5}  {line} {r['tokens']:12,} {r['documents']:9,}")
-        if "bits_per_byte_reason" in r:
-            notes.append(f"{name} {split}: no bits per byte, {r['bits_per_byte_reason']}")
-        elif r["bits_per_byte_interval"] is None:
-            notes.append(f"{name} {split}: no interval, {r['documents']} documents are too few to tell how much they vary")
-        above, error = r.get("above_entropy_bits_per_story"), r.get("above_entropy_standard_error")
-        if error is not None and above < -LEAK_STANDARD_ERRORS * error:
-            wrong = f"{-above:.3f} bits a story below a perfect model (standard error {error:.3f})"
-            notes.append(f"error: {name} {split}: {wrong}: the model has seen these stories, or something is wrong")
-            honest = False
-    print("The intervals cover the luck of these documents, not that of the training: for that train several seeds.")
-    for note in notes:
-        notice(note)
-    return honest
-
-
 def loss_by_position(positions: list[list[float]]) -> list[dict]:
     """Mean loss in ranges of positions that double: {"from", "to", "loss", "tokens"}, empty ranges left out."""
     rows, start = [], 0
@@ -147,13 +123,6 @@ def loss_by_position(positions: list[list[float]]) -> list[dict]:
         rows += [{"from": start + 1, "to": end, "loss": nats / tokens, "tokens": int(tokens)}] if tokens else []
         start = end
     return rows
-
-
-def print_positions(results: dict[str, dict[str, dict]]) -> None:
-    for name, split, r in ((name, split, r) for name, splits in results.items() for split, r in splits.items()):
-        print(f"\n{name} {split}: loss by position in the context\n{'position':>11} {'loss':>8} {'tokens':>12}")
-        for row in r["loss_by_position"]:
-            print(f"{row['from']:5}-{row['to']:<5} {row['loss']:8.4f} {row['tokens']:12,}")
 
 
 def training_data(args: Arguments, tokenizer: TextTokenizer, content: dict) -> list[DataDirectory]:
@@ -170,6 +139,19 @@ def training_data(args: Arguments, tokenizer: TextTokenizer, content: dict) -> l
                 raise
             notice(f"what was learned by heart isn't looked for in {name}: {error}")
     return found
+
+
+def evaluate_tasks(args: Arguments, scorer: Scorer, known: dict[str, ItemScores]) -> dict[str, ItemScores]:
+    """The scores of --tasks by their names. Raises ValueError, FileNotFoundError."""
+    made = {"sample": sample_tasks.make} | {name: lambda name=name: [sample_tasks.make_task(name)] for name in sample_tasks.QUESTIONS}
+    tasks, foreign = find_tasks(args.tasks, Path(args.task_data), made)
+    options = (scorer.hash, known, args.batch_size)
+    scores = run_tasks(scorer.model, scorer.tokenizer, tasks, *options)
+    if foreign:
+        from evaluation.lm_harness import run_harness_tasks  # an optional package
+
+        scores |= run_harness_tasks(scorer.model, scorer.tokenizer, foreign, *options)
+    return scores
 
 
 def evaluate_samples(args: Arguments, model: GPT, tokenizer: TextTokenizer, content: dict, path: Path) -> dict:
@@ -196,38 +178,20 @@ def evaluate_samples(args: Arguments, model: GPT, tokenizer: TextTokenizer, cont
     return result
 
 
-def print_samples(r: dict) -> None:
-    def percent(share: float | None) -> str:
-        return "-" if share is None else f"{100 * share:.1f}%"
-
-    print(f"samples: {r['texts']} texts, {r['tokens']:.0f} tokens ({r['bytes']:.0f} bytes) on average")
-    print(f"  end by themselves          {percent(r['ended'])}")
-    print(f"  differ from each other     {percent(r['different'])}")
-    print("  distinct 1-, 2-, 3-grams   " + ", ".join(map(percent, r["distinct"].values())))
-    print(f"  4-grams repeated in a text {percent(r['repeated'])}")
-    for n, shares in r.get("in_training", {}).items():
-        real = f"(held-out texts: {percent(shares['held_out'])})"
-        print(f"  {n:>2} tokens in a row also stand in the training data: {percent(shares['samples'])} {real}")
-    if "judge" in r:
-        print(f"  perplexity by the judge    {r['judge']['perplexity']:.3f}, {number(r['judge']['bits_per_byte'], 4)} bits/byte")
-    if "grammar" in r:
-        bits = number(r["grammar"]["bits_per_story"], 1)
-        print(f"  could be the grammar's     {percent(r['grammar']['share'])}, {bits} bits a story under it")
-
-
 def main(argv: list[str] | None = None) -> int:
     args = read_command_line(Arguments, argv, __doc__, aliases={"model_path": "checkpoint"})
     path, texts = find_checkpoint(args.checkpoint), [file.path for file in find_files(args.text, args.form)]
     name = str(path.parent / EVALUATION) if args.output is None else args.output
     read = [path, *texts, *map(Path, filter(None, [args.prompts]))]
     output = output_file(name, "evaluation", read)
-    beside = {".png": "evaluation picture", ".npz": "table of scores", ".samples.txt": "list of samples"}
-    picture, scores_path, texts_path = (output_file(str(output.with_suffix(suffix)), kind, read) for suffix, kind in beside.items())
+    kinds = {".png": "evaluation picture", ".npz": "table of scores", ".samples.txt": "list of samples"}
+    picture, scores_path, texts_path = (output_file(str(output.with_suffix(suffix)), kind, read) for suffix, kind in kinds.items())
     model, tokenizer, _, content = load_model(str(path), choose_device(args.device))
     known = read_known(scores_path)
     scorer = Scorer(model, tokenizer, args.checkpoint, known.values(), args.batch_size, args.stride, args.stream)
+    tasks = evaluate_tasks(args, scorer, known) if args.tasks else {}
     sets: dict[tuple[str, str], ItemScores] = {}
-    for name in args.data_dir or (() if args.text or args.samples else ("./data",)):
+    for name in args.data_dir or (() if args.text or args.tasks or args.samples else ("./data",)):
         sets |= {(name, split): scorer.score(held_out) for split, held_out in read_directory(args, tokenizer, name).items()}
     sets |= {(name, "text"): scorer.score(read_text(name, args.form, tokenizer)) for name in args.text}
     results: dict[str, dict[str, dict]] = {}
@@ -235,19 +199,26 @@ def main(argv: list[str] | None = None) -> int:
         shown = {key: value for key, value in scores.summary.items() if key not in DETAILS}
         shown |= {"loss_by_position": loss_by_position(scores.summary["positions"])} if args.positions else {}
         results.setdefault(name, {})[split] = shown
-    written = {"samples": {args.checkpoint: evaluate_samples(args, model, tokenizer, content, texts_path)}} if args.samples else {}
-    write_json(output, results | written)  # first: who reads what is printed may have gone
-    if sets:
+    further = {"tasks": {name: scores.summary for name, scores in tasks.items()}} if tasks else {}
+    if args.samples:
+        further["samples"] = {args.checkpoint: evaluate_samples(args, model, tokenizer, content, texts_path)}
+    write_json(output, results | further)  # first: who reads what is printed may have gone
+    beside = [texts_path.name] * bool(args.samples)
+    if sets or tasks:
         kept = {name: scores for name, scores in known.items() if scores.model == scorer.hash}
-        write_scores(scores_path, kept | {" ".join(name): scores for name, scores in sets.items()})
+        write_scores(scores_path, kept | {" ".join(name): scores for name, scores in sets.items()} | tasks)
+        beside.append(scores_path.name)
+    if sets:
         draw_evaluation(picture, {" ".join(name): scores.summary for name, scores in sets.items()})
+        beside.append(picture.name)
     honest = print_results(results) if results else True
     if args.positions:
         print_positions(results)
-    for result in written.get("samples", {}).values():
-        print_samples(result)
-    companions = [picture.name, scores_path.name] * bool(sets) + [texts_path.name] * bool(written)
-    notice(f"written to {output}, with {', '.join(companions)} beside it")
+    if tasks:
+        print("\n".join(task_table(tasks)))
+    if args.samples:
+        print_samples(*further["samples"].values())
+    notice(f"written to {output}, with {' and '.join(beside)} beside it")
     return 0 if honest else 1
 
 

@@ -109,7 +109,7 @@ def _rows_with(content: object, *kinds: set[str]) -> bool:
 
 # what scripts write as single files -> what tells that a JSON object is such a file
 KINDS = {
-    "evaluation": lambda content: _rows_with(content, {"loss", "perplexity"}, {"texts", "ended"}, {"accuracy", "items"}),
+    "evaluation": lambda content: _rows_with(content, {"loss", "perplexity"}, {"texts", "ended"}, {"items", "measures"}),
     "comparison": lambda content: {"metrics", "findings", "notes"} <= content.keys(),
     "tokenizer": lambda content: {"model", "added_tokens"} <= content.keys(),
 }

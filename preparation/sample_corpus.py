@@ -103,17 +103,37 @@ class Grammar:
     def initial(self) -> State:
         return State("", push("{" + self.start + "}", None))
 
-    def sample(self, rng: random.Random) -> tuple[str, float]:
-        """One story and the log2 of its probability, its end included. Uses rng.random() only, whose stream Python keeps stable."""
-        state, choices, name = self.to_next_choice(self.initial())
-        while choices:
+    def walk(self, rng: random.Random) -> Iterator[State]:
+        """A story being drawn: the state at its beginning, after each choice, and last the complete one."""
+        state = self.initial()
+        while True:
+            yield state
+            state, choices, name = self.to_next_choice(state)
+            if not choices:
+                yield state
+                return
             r = rng.random()
             for choice in choices:  # the last one where rounding leaves a rest
                 r -= choice[1]
                 if r < 0:
                     break
-            state, choices, name = self.to_next_choice(self.choose(state, *choice, name))
+            state = self.choose(state, *choice, name)
+
+    def sample(self, rng: random.Random) -> tuple[str, float]:
+        """One story and the log2 of its probability, its end included. Uses rng.random() only, whose stream Python keeps stable."""
+        *_, state = self.walk(rng)
         return state.written, state.log2p
+
+    def probability(self, text: str, state: State) -> float:
+        """The probability that a story which has come to this state, and so begins with state.written, begins with `text`."""
+        total, stack = 0.0, [state]
+        while stack:
+            reached, choices, name = self.to_next_choice(stack.pop())
+            if reached.written.startswith(text):
+                total += 2 ** (reached.log2p - state.log2p)
+            elif text.startswith(reached.written):
+                stack += [self.choose(reached, *choice, name) for choice in choices]
+        return total
 
     def derivations(self, text: str | None = None) -> Iterator[tuple[str, float]]:
         """Every derivation of `text` (of any text if None), each as (text, log2 P). For None the grammar must be small."""
