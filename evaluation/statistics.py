@@ -14,8 +14,8 @@ language-as-fixed-effect fallacy"; Raaijmakers et al. 1999):
 
 Ratios are linearised (Cochran 1977, "Sampling Techniques", chapter 6). `seeds` rests on few runs, so its degrees of freedom are Welch's
 (1947), and the error is distributed as sqrt(seeds) t + sqrt(items) normal, the sum that Behrens and Fisher took. A single t with
-Satterthwaite's degrees for the sum would forget, where the few seeds happen to agree, how little that says: `benchmark.py statistics` finds
-6 to 7% of false positives for it after Holm's correction, where this one stays below 6%.
+Satterthwaite's degrees for the sum would forget, where the few seeds happen to agree, how little that says: at 3 seeds, after Holm's
+correction at 5%, it has 4 to 7% of false positives and this one 1 to 4% where seeds vary normally (MEASUREMENTS.md, section 10).
 """
 
 import math
@@ -27,7 +27,7 @@ from scipy.optimize import brentq
 
 LEVEL, POWER = 0.05, 0.8
 ENOUGH_SEEDS = 3  # of each variant, for a verdict: with two, an interval is several times as wide as its data
-MOST_SEEDS = 1000
+MOST_SEEDS = 100
 # Nodes and weights for a mean over a variable that is uniform in (0, 1), dense at both ends: what is rare decides small p-values
 UNIFORM = special.expit(np.linspace(-30, 30, 121))
 WEIGHTS = UNIFORM * (1 - UNIFORM) / np.sum(UNIFORM * (1 - UNIFORM))
@@ -128,7 +128,7 @@ def _quantiles(found: Difference, n: np.ndarray | float, level: float) -> tuple[
 def seeds_needed(found: Difference, size: float, level: float = LEVEL) -> int | None:
     """About how many seeds each variant needs, so that a true difference of `size` is found with probability 80%.
 
-    None where no number of seeds is enough: then the items are too few, see `items_needed`. Needs two runs of each variant.
+    None for more than MOST_SEEDS, or where the items are too few for any number, see `items_needed`. Needs two runs of each variant.
     """
     n = np.arange(2, MOST_SEEDS + 1)
     quantiles, error = _quantiles(found, n, level)

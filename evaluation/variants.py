@@ -56,9 +56,10 @@ def read_run(name: str) -> Run:
     recipe = json.dumps([model, fixed, content["data"], places, content.get("init_from")], sort_keys=True)
     curve = learning_curve(path.parent / METRICS) if train else []
     budget = {"block size": model["block_size"], "parameters": sum(weight.numel() for weight in content["model"].values())}
-    if train:
+    if train:  # the whole training, of which the best model may be an earlier moment
         per_step = train["batch_size"] * train["gradient_accumulation_steps"] * model["block_size"]
-        budget |= {"steps": content["step"], "tokens seen": content["step"] * per_step}
+        tokens = curve[-1].tokens if curve else content["step"] * per_step
+        budget |= {"steps": tokens / per_step, "tokens seen": tokens}
     if curve:
         budget["training seconds"] = curve[-1].seconds
     return Run(name, path, recipe, train.get("seed"), budget, content["tokenizer"], curve)

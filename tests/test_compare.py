@@ -219,7 +219,7 @@ def test_the_name_of_a_variant(places, expected):
 def test_models_of_one_seed_are_variants_of_their_own(trained_run):
     variants, notes = group_runs([str(trained_run), str(trained_run / "step_00000020.pt")])
     assert [len(members) for members in variants.values()] == [1, 1]
-    assert "share a seed, so each is taken for a variant of its own" in notes[0] and "differ in steps" in "".join(notes)
+    assert len(notes) == 1 and "share a seed, so each is taken for a variant of its own" in notes[0]
 
 
 def test_unequal_budgets_and_tokenizers_are_told(trained_run, worse_run):
