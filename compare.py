@@ -2,31 +2,38 @@
 
     python compare.py checkpoints/data_v1 checkpoints/data_v2 --data_dir ./data_v1 ./data_v2
     python compare.py checkpoints/*/best_model.pt --data_dir ./data --split val
+    python compare.py --recipe recipes/sample.toml
 
 Each run reads the same documents with its own tokenizer; bits per byte make them comparable whatever the tokenizers are. Differences are
 paired per document, which takes most of the chance out of them. They compare these models: for a claim about datasets, train several seeds.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
-from utils import Checked, Count, choose_device, notice, read_command_line, run_script
+from utils import Checked, Count, choose_device, flag_types, notice, read_command_line, run_script
 
 import numpy as np
 import tyro
 
 from evaluation.measures import check_finite, score_tokens, why_no_bits_per_byte
+from evaluation.plans import Texts
+from evaluation.recipes import Script
+from evaluation.studies import StudyFlags, Variants, run_study
 from formats.data_directory import DTYPE, DataDirectory
 from formats.outputs import output_file, write_json
 from formats.run_directory import find_checkpoint, load_model
+from preparation.overlap import file_texts, seen_in_training, split_texts
+from preparation.sources import find_files
 
 
 @dataclass(frozen=True)
 class Arguments(Checked):
     """Flags of compare.py."""
 
-    runs: tyro.conf.Positional[tuple[str, ...]]
+    runs: tyro.conf.Positional[tuple[str, ...]] = ()
     """Runs, as evaluate.py --checkpoint takes them; two or more."""
     data_dir: tuple[str, ...] = ("./data",)
     """Data directories whose documents are read."""
@@ -42,10 +49,13 @@ class Arguments(Checked):
     """auto, cpu, cuda, cuda:N or mps."""
     output: str | None = None
     """JSON file for the results."""
+    study: StudyFlags = field(default_factory=StudyFlags)
 
     def problems(self) -> list[str]:
         problems = []
-        if len(self.runs) < 2:
+        if self.study.recipe is not None and self.runs:
+            problems.append("give runs or a --recipe, not both")
+        elif self.study.recipe is None and len(self.runs) < 2:
             problems.append("give two or more runs to compare")
         if len(set(self.runs)) < len(self.runs) or len(set(self.data_dir)) < len(self.data_dir):
             problems.append("a run or data directory is named twice; name each once")
@@ -100,8 +110,45 @@ def verdict(difference: float, error: float) -> str:
     return f"{abs(difference) / error:.0f} standard errors" if error else "in every document alike"
 
 
+def print_means(out_dir: Path, variants: Variants) -> None:
+    """The mean bits per byte of each variant's runs on each held-out set."""
+    for variant, runs in variants.items():
+        for name in next(iter(runs.values())):
+            bits = [sets[name].summary.get("bits_per_byte") for sets in runs.values()]
+            if None not in bits:
+                print(f"{variant}, {name}: {np.mean(bits):.4f} bits/byte in {len(bits)} runs")
+
+
+def study(flags: StudyFlags) -> int:
+    """Run a study with the scripts that stand beside this one."""
+    import evaluate
+    import prepare_data
+    import training.start
+
+    def read_by(kind: type):
+        return lambda words: read_command_line(kind, words, None)
+
+    def digests(evaluating: evaluate.Arguments) -> list:
+        return [file.describe()["sha256"] for file in find_files(evaluating.text, evaluating.form)]
+
+    def seen(directory: Path, held_out: dict[str, Path], evaluating: evaluate.Arguments) -> dict[str, int]:
+        sets = {name: split_texts(path, "test") for name, path in held_out.items()}
+        return seen_in_training(directory, sets | {name: file_texts([name], evaluating.form) for name in evaluating.text})
+
+    readers = {
+        "prepare_data": (prepare_data.Arguments, read_by(prepare_data.Arguments)),
+        "train": (training.start.Arguments, lambda words: training.start.read_arguments(words, None)),
+        "evaluate": (evaluate.Arguments, read_by(evaluate.Arguments)),
+    }
+    here = Path(__file__).resolve().parent
+    scripts = {name: Script(here / f"{name}.py", frozenset(flag_types(kind)), read) for name, (kind, read) in readers.items()}
+    return run_study(flags, scripts, Texts(prepare_data.content_of, digests, seen), print_means)
+
+
 def main(argv: list[str] | None = None) -> int:
     args = read_command_line(Arguments, argv, __doc__)
+    if args.study.recipe is not None:
+        return study(args.study)
     device, results = choose_device(args.device), {}
     directories = [DataDirectory(name, verify=args.verify_data) for name in args.data_dir]
     models = {run: find_checkpoint(run) for run in args.runs}
