@@ -23,6 +23,7 @@ TOP = 20  # predicted best candidates, whose mean is taken, so that one of them 
 # searches found such a gain (2 to 5 sources, 8 to 24 pilots); above one error 7% to 24% did, for it is the best of many predictions.
 CLEAR = 2
 RIDGES = (1e-6, 1e-4, 1e-2)
+LAST_WEIGHTS = {"eval_interval": 10**9}  # unless the recipe says otherwise: a validation on the first source would favour it
 BEST, NATURAL, UNIFORM = "best", "natural", "uniform"
 
 
@@ -114,6 +115,10 @@ class Search:
         return [self.planner.with_tokenizer(f"[mixture.sources.{name}]", name, flags) for name, flags in sources]
 
     @property
+    def model(self) -> str:
+        return next(iter(self.planner.recipe.models))
+
+    @property
     def count(self) -> int:
         """Cells in all."""
         return self.planner.recipe.mixture.pilots + 3 * len(self.planner.recipe.options.seeds)
@@ -127,7 +132,8 @@ class Search:
     def cell(self, name: str, shares: np.ndarray | None, seed: int, more: dict | None = None) -> Cell:
         """shares: None for the natural ones, all sources one after the other."""
         weights = [None] * len(self.data) if shares is None else [round(float(share), 6) for share in shares]
-        return self.planner.cell(name, next(iter(self.planner.recipe.models)), seed, [*zip(self.data, weights)], more)
+        more = LAST_WEIGHTS | self.planner.recipe.training | self.planner.recipe.models[self.model] | (more or {})
+        return self.planner.cell(name, self.model, seed, [*zip(self.data, weights)], more)
 
     @cached_property
     def pilots(self) -> list[Cell]:

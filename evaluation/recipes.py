@@ -169,7 +169,7 @@ def read_recipe(path: Path, scripts: dict[str, Script]) -> StudyRecipe:
         read_options(path, "[study]", parts["study"], Options),
         read_flags(path, "[data]", parts["data"], PREPARE, known[PREPARE], {"input", "dataset", "sample"}),
         read_named(path, "variants", parts["variants"], *prepare),
-        read_named(path, "held_out", parts["held_out"], *prepare),
+        read_named(path, "held_out", parts["held_out"], *prepare) or sources,
         read_flags(path, "[training]", parts["training"], TRAIN, known[TRAIN]),
         read_named(path, "models", parts["models"], TRAIN, known[TRAIN]),
         read_flags(path, "[evaluation]", parts["evaluation"], EVALUATE, known[EVALUATE]),

@@ -293,7 +293,11 @@ def run_study(flags: StudyFlags, scripts: dict[str, Script], texts: Texts, finis
             return 128 + stop.number
     if missing := [str(cell) for cell in cells if not cell.done]:
         notice(f"not compared, for they failed: {'; '.join(missing)}")
-    finish(planner.out_dir, scores_of(planner, cells))
+    variants = scores_of(planner, cells)
+    if len(variants) > 1:
+        finish(planner.out_dir, variants)
+    else:
+        notice("fewer than two variants are done, so there is nothing to compare")
     return 0 if well else 1
 
 

@@ -277,7 +277,7 @@ def test_cells_one_by_one(study, mistake, tmp_path):
         (RECIPE, MIXTURE.replace('b = ["b.txt"]', ""), "has 1 sources; 2 to 5"),
         (RECIPE, MIXTURE.replace("pilots = 6", "pilots = 3"), "[mixture] pilots=3 must be at least 4"),
         (RECIPE, MIXTURE.replace("pilots = 6", "seed = 1"), "seed = 1 is one of the study's seeds"),
-        (RECIPE, MIXTURE.replace("pilots = 6", 'target = ["c"]'), "target names c, but the held-out sets are held_out"),
+        (RECIPE, MIXTURE.replace("pilots = 6", 'target = ["c"]'), "target names c, but the held-out sets are a, b"),
         (RECIPE, MIXTURE.replace('"a.txt"', '"a.txt:0.5"'), "gives a a weight, which is what is searched"),
         (RECIPE, MIXTURE, "no text files at a.txt"),
     ],
