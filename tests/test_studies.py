@@ -1,5 +1,6 @@
 """Studies: what is planned, what is run again and what isn't, what is killed and goes on, what is told."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -15,9 +16,9 @@ import numpy as np
 import pytest
 
 import compare
-from formats.scores import ItemScores, write_scores
+from formats.scores import SCORES, ItemScores, read_scores, write_scores
 from tests.conftest import ROOT
-from tests.runs import documents
+from tests.runs import assert_same_run, documents, lines, start, write_stories
 
 # Scripts that do in a moment what the real ones do in a minute: write the same files, lock and resume in the same way, keep a diary.
 FAKES = {
@@ -158,9 +159,13 @@ def test_a_failed_cell_is_told_and_does_not_stop_the_others(study):
     assert code == 1 and err.count(": done") == 3
     assert "plain, seed 1: failed, training plain, seed 1: this one is broken (all it said: studies/r/logs/plain-seed1-" in err
     assert "not compared, for they failed: plain, seed 1" in err and "plain, somewhere test: 1.5000 bits/byte in 1 runs" in out
+    (study.home / "broken").write_text("plain")
+    change("seeds = [1, 2]", "seeds = [1, 3]")
+    code, _, err = study()
+    assert code == 1 and "fewer than two variants are done" in err
     (study.home / "broken").unlink()
     diary(study)
-    assert study()[0] == 0 and len(diary(study)) == 2
+    assert study()[0] == 0 and len(diary(study)) == 4
 
 
 def test_held_out_documents_in_training_data_and_small_data_fail(study, sample_dir):
@@ -246,6 +251,67 @@ def test_cells_one_by_one(study, mistake, tmp_path):
     assert study("--cell", 1)[0] == 0 and not diary(study)
     assert "4 cells, from 0 to 3" in mistake("compare.py", "--recipe", "r.toml", "--cell", 4, cwd=tmp_path)
     assert study()[0] == 0 and len(diary(study, "train")) == 2
+
+
+REAL = """
+[study]
+seeds = [1]
+[data]
+vocab_size = 300
+[variants]
+plain = "a.txt"
+both = ["a.txt:0.6", "b.txt:0.4"]
+[training]
+max_steps = 200
+eval_interval = 50
+checkpoint_interval = 10
+log_interval = 1
+n_layer = 1
+n_embd = 32
+block_size = 32
+device = "cpu"
+[models.tiny]
+preset = "nano"
+"""
+
+
+def kill_trainings(directory: Path) -> None:
+    """Kill every train.py that was started in a directory."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (process / "cwd").resolve() == directory and b"train.py" in (process / "cmdline").read_bytes():
+                os.kill(int(process.name), signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_real_study_killed_twice_is_the_undisturbed_one(tmp_path, sample_dir, script):
+    """With the real scripts: killed once with its training, once without it; then the same weights and scores."""
+    texts = documents(sample_dir, "train")
+    write_stories(tmp_path / "a.txt", texts[:200])
+    write_stories(tmp_path / "b.txt", texts[200:])
+    (tmp_path / "r.toml").write_text(REAL)
+    whole, disturbed = tmp_path / "whole", tmp_path / "disturbed"
+    command, killed = ("--recipe", "../r.toml", "--data_root", ".."), set()
+    for directory in (whole, disturbed):
+        directory.mkdir()
+    script("compare.py", *command, cwd=whole)
+    for with_training in (True, False):
+        process = start(*command, program=ROOT / "compare.py", cwd=disturbed)
+        while not (begun := [run for run in disturbed.glob("studies/r/runs/*") if run not in killed and len(lines(run)) in range(25, 150)]):
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.kill()
+        process.communicate()
+        killed |= {*begun}
+        if with_training:
+            kill_trainings(disturbed)
+    script("compare.py", *command, cwd=disturbed)
+    for run in (whole / "studies" / "r" / "runs").iterdir():
+        other = disturbed / run.relative_to(whole)
+        assert_same_run(run, other)
+        ours, theirs = read_scores(run / SCORES), read_scores(other / SCORES)
+        assert len(ours) == 1 and [one.summary for one in ours.values()] == [one.summary for one in theirs.values()]
+    assert len(killed) == 2 and "2 of 2 cells are done" in script("compare.py", *command, cwd=disturbed).stderr
 
 
 # ---------------------------------------------------------------- recipes
