@@ -93,8 +93,9 @@ class Step:
         there = isinstance(record, dict) and record.get("key") == self.key and self.product.is_file()
         return record if there else None
 
-    def write_record(self, seconds: float) -> None:
-        write_json(self.record, {"key": self.key, "command": str(self), "seconds": round(seconds, 2)})
+    def write_record(self, seconds: float, share: float) -> None:
+        """Record that this call has ended well. seconds, share: how long it took, and how much of a training it did."""
+        write_json(self.record, {"key": self.key, "command": str(self), "seconds": round(seconds, 2), "share": round(share, 4)})
 
 
 @dataclass(frozen=True)

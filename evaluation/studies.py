@@ -21,14 +21,16 @@ from evaluation.mixtures import Search
 from evaluation.plans import Cell, Planner, Step, Texts
 from evaluation.recipes import Script, read_recipe
 from formats.data_directory import DataDirectory
-from formats.metrics import METRICS, read_metrics
+from formats.metrics import METRICS
 from formats.outputs import peek_json, write_json
 from formats.run_directory import CONFIG
+from formats.schemas import MetricsLine, check
 from formats.scores import SCORES, ItemScores, content_hash, read_scores
 
 LOOK_AGAIN, WAIT, SURE = 0.05, 0.5, 5  # seconds: between looks at a process, and at its log; of training, for an estimate
 Variants = dict[str, dict[str, dict[str, ItemScores]]]  # variant -> run directory -> set of items -> scores
 HOME = Path("studies")  # where studies live unless a flag says otherwise
+TAIL = 2**16  # bytes of a log, more than its longest line
 CHECKED = "study_checked.json"
 NEARLY = 0.99  # of a budget in tokens: the last document of each source is cut between characters
 
@@ -49,10 +51,17 @@ def last_error(log: Path) -> str:
 
 
 def trained_share(run: Path) -> float:
-    """How much of a training is done, 0 to 1, as its log says so far."""
-    config, lines = peek_json(run / CONFIG), read_metrics(run / METRICS)[-1:]
+    """How much of a training is done, 0 to 1, as the end of its log says."""
+    config, path = peek_json(run / CONFIG), run / METRICS
     steps = config.get("train", {}).get("max_steps") if isinstance(config, dict) else None
-    return lines[0].get("step", 0) / steps if lines and steps else 0.0
+    if not steps or not path.is_file():
+        return 0.0
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - TAIL))
+        whole = file.read().split(b"\n")[:-1]
+    with contextlib.suppress(ValueError):  # a damaged line: the training itself will say so
+        return check(whole[-1], MetricsLine, path, "").get("step", 0) / steps if whole else 0.0
+    return 0.0
 
 
 class Progress:
@@ -61,7 +70,7 @@ class Progress:
     def __init__(self, cells: list[Cell]):
         self.cells = [cell for cell in cells if not cell.done]
         self.total, self.done, self.told = sum(cell.work for cell in self.cells), 0.0, not self.cells
-        known = [(record["seconds"], cell.work) for cell in cells if (record := cell.train.recorded())]
+        known = [(record["seconds"], record["share"] * cell.work) for cell in cells if (record := cell.train.recorded())]
         done = f"{len(cells) - len(self.cells)} of {len(cells)} cells are done already"
         notice(done if len(self.cells) < len(cells) else f"{len(cells)} cells")
         form = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
@@ -141,13 +150,13 @@ class Study:
         with self.lock(step.directory, wait):
             if step.recorded():  # another process did it meanwhile
                 return
-            began, log = time.monotonic(), self.log_of(step)
+            began, before, log = time.monotonic(), trained_share(step.directory), self.log_of(step)
             code = self.call(step, log, progress, cell)
             if code or not step.product.is_file():
                 how = f"killed by signal {-code}" if code < 0 else last_error(log) if code else f"it wrote no {step.product.name}"
-                self.failures[step.directory] = f"{step.title}: {how} (all it said: {log})"
+                self.failures[step.directory] = f"{step.name}.py: {how} (all it said: {log})"
                 raise FailedCell(self.failures[step.directory])
-            step.write_record(time.monotonic() - began)
+            step.write_record(time.monotonic() - began, 1 - before)
 
     def log_of(self, step: Step) -> Path:
         path = self.planner.out_dir / "logs" / f"{step.directory.name}-{step.name}.log"
@@ -158,18 +167,19 @@ class Study:
         """Run a script until its end and return its exit code. A signal is passed on, once, and what the script saves is waited for."""
         with open(log, "wb") as file:  # a session of its own, so that Ctrl-C reaches it once: by us
             process = subprocess.Popen(step.command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True)
-        asked, looks = False, []  # seconds and share of the training
+        asked, looked, first = False, -WAIT, None  # first: seconds and share at the first step of this call
+        before = trained_share(step.directory)
         try:
             while process.poll() is None:
                 if self.stop and not asked:
                     asked = True
                     process.terminate()
-                if not looks or time.monotonic() - looks[-1][0] > WAIT:
-                    looks.append((time.monotonic(), trained_share(step.directory) if cell else 0.0))
-                    progress.update(step.title, looks[-1][1] * cell.work if cell else 0.0)
-                    moving = [look for look in looks if look[1] > looks[0][1]]
-                    if moving and moving[-1][0] - moving[0][0] > SURE:
-                        progress.estimate(moving[-1][0] - moving[0][0], (moving[-1][1] - moving[0][1]) * cell.work)
+                if time.monotonic() - looked > WAIT:
+                    looked, share = time.monotonic(), trained_share(step.directory) if cell else 0.0
+                    progress.update(step.title, share * cell.work if cell else 0.0)
+                    first = first or ((looked, share) if share > before else None)
+                    if first and looked - first[0] > SURE:
+                        progress.estimate(looked - first[0], (share - first[1]) * cell.work)
                 time.sleep(LOOK_AGAIN)
         except BaseException:
             process.kill()
@@ -182,6 +192,8 @@ class Study:
 
     def check_data(self, data: Step) -> None:
         """Raise FailedCell where a variant's data is smaller than its budget, or holds documents that models are measured on."""
+        if data.directory in self.failures:
+            raise FailedCell(self.failures[data.directory])
         options, budget = self.planner.recipe.options, data.flags.get("max_tokens", 0)
         key = content_hash(data.key, self.planner.measured_on, options.allow_overlap, options.allow_smaller, budget)
         if (peek_json(data.directory / CHECKED) or {}).get("key") == key:
@@ -207,8 +219,9 @@ class Study:
             with self.lock(step.directory):
                 try:
                     self.check_data(step)
-                except (ValueError, OSError) as error:
-                    raise FailedCell(f"checking {step.directory}: {describe(error)}") from error
+                except (FailedCell, ValueError, OSError) as error:
+                    self.failures[step.directory] = describe(error)
+                    raise FailedCell(describe(error)) from None
         self.run(cell.train, progress, cell, wait)
         self.run(cell.evaluate, progress)
 

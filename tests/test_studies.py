@@ -157,7 +157,7 @@ def test_a_failed_cell_is_told_and_does_not_stop_the_others(study):
     (study.home / "broken").write_text("plain-seed1")
     code, out, err = study()
     assert code == 1 and err.count(": done") == 3
-    assert "plain, seed 1: failed, training plain, seed 1: this one is broken (all it said: studies/r/logs/plain-seed1-" in err
+    assert "plain, seed 1: failed, train.py: this one is broken (all it said: studies/r/logs/plain-seed1-" in err
     assert "not compared, for they failed: plain, seed 1" in err and "plain, somewhere test: 1.5000 bits/byte in 1 runs" in out
     (study.home / "broken").write_text("plain")
     change("seeds = [1, 2]", "seeds = [1, 3]")
