@@ -2,34 +2,41 @@
 
     python compare.py checkpoints/stories_* checkpoints/books_* --data_dir ./data_stories ./data_books
     python compare.py stories=runs/a,runs/b,runs/c books=runs/d,runs/e,runs/f --data_dir ./data --output comparison
+    python compare.py --recipe recipes/sample.toml
 
 Runs that are equal but for seed and run directory are one variant. Each run reads the same documents with its own tokenizer; bits per byte
 make them comparable whatever the tokenizers are. The intervals cover the luck of the training (its seeds) and of the held-out items.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
-from utils import Checked, Count, choose_device, notice, read_command_line, run_script
+from utils import Checked, Count, choose_device, flag_types, notice, read_command_line, run_script
 
 import numpy as np
 import tyro
 
-from evaluation.comparison import compare_variants
+from evaluation.comparison import Variants, compare_variants
 from evaluation.comparison_report import comparison_directory, render, write_comparison
 from evaluation.held_out import Scorer, from_texts, read_texts
 from evaluation.measures import why_no_bits_per_byte
-from evaluation.variants import Run, by_variant, group_runs
+from evaluation.plans import Texts
+from evaluation.recipes import Script
+from evaluation.studies import StudyFlags, run_study
+from evaluation.variants import Run, budget_notes, by_variant, group_runs, read_run
 from formats.data_directory import DataDirectory
 from formats.run_directory import load_model
 from formats.scores import SCORES, ItemScores, read_scores
+from preparation.overlap import file_texts, seen_in_training, split_texts
+from preparation.sources import find_files
 
 
 @dataclass(frozen=True)
 class Arguments(Checked):
     """Flags of compare.py."""
 
-    runs: tyro.conf.Positional[tuple[str, ...]]
+    runs: tyro.conf.Positional[tuple[str, ...]] = ()
     """Runs, as evaluate.py --checkpoint takes them, or variants as NAME=RUN,RUN; two or more."""
     data_dir: tuple[str, ...] = ("./data",)
     """Data directories whose documents are read."""
@@ -45,10 +52,13 @@ class Arguments(Checked):
     """auto, cpu, cuda, cuda:N or mps."""
     output: str | None = None
     """Directory for compare.json, compare.md and compare.png, a picture of differences and learning curves."""
+    study: StudyFlags = field(default_factory=StudyFlags)
 
     def problems(self) -> list[str]:
         problems = []
-        if len(self.runs) < 2:
+        if self.study.recipe is not None and self.runs:
+            problems.append("give runs or a --recipe, not both")
+        elif self.study.recipe is None and len(self.runs) < 2:
             problems.append("give two or more runs to compare")
         if len(set(self.runs)) < len(self.runs) or len(set(self.data_dir)) < len(self.data_dir):
             problems.append("a run or data directory is named twice; name each once")
@@ -95,8 +105,47 @@ def run_scores(run: Run, sets: dict[str, list[str]], device: str, batch_size: in
     return scores
 
 
+def finish_study(directory: Path, variants: Variants) -> None:
+    """Compare a study's variants, write the result into its folder, print it. Raises ValueError, OSError."""
+    runs = {name: [read_run(run) for run in members] for name, members in variants.items()}
+    comparison = compare_variants(variants, budget_notes(runs))
+    write_comparison(
+        comparison_directory(str(directory)), comparison, {name: [run.curve for run in members] for name, members in runs.items()}
+    )
+    print(render(comparison))
+    notice(f"written to {directory}")
+
+
+def study(flags: StudyFlags) -> int:
+    """Run a study with the scripts that stand beside this one."""
+    import evaluate
+    import prepare_data
+    import training.start
+
+    def read_by(kind: type):
+        return lambda words: read_command_line(kind, words, None)
+
+    def digests(evaluating: evaluate.Arguments) -> list:
+        return [file.describe()["sha256"] for file in find_files(evaluating.text, evaluating.form)]
+
+    def seen(directory: Path, held_out: dict[str, Path], evaluating: evaluate.Arguments) -> dict[str, int]:
+        sets = {name: split_texts(path, "test") for name, path in held_out.items()}
+        return seen_in_training(directory, sets | {name: file_texts([name], evaluating.form) for name in evaluating.text})
+
+    readers = {
+        "prepare_data": (prepare_data.Arguments, read_by(prepare_data.Arguments)),
+        "train": (training.start.Arguments, lambda words: training.start.read_arguments(words, None)),
+        "evaluate": (evaluate.Arguments, read_by(evaluate.Arguments)),
+    }
+    here = Path(__file__).resolve().parent
+    scripts = {name: Script(here / f"{name}.py", frozenset(flag_types(kind)), read) for name, (kind, read) in readers.items()}
+    return run_study(flags, scripts, Texts(prepare_data.content_of, digests, seen), finish_study)
+
+
 def main(argv: list[str] | None = None) -> int:
     args = read_command_line(Arguments, argv, __doc__)
+    if args.study.recipe is not None:
+        return study(args.study)
     device, sets = choose_device(args.device), read_sets(args)
     variants, notes = group_runs(list(args.runs))
     directory = None if args.output is None else comparison_directory(args.output)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from utils import Checked, Count, Seed, notice, read_command_line, run_script
+from utils import Checked, Count, Fraction01, Seed, notice, parse_weighted, read_command_line, run_script
 
 from annotated_types import Ge, Gt, Lt
 from tqdm import tqdm
@@ -31,7 +31,7 @@ from preparation.cleaning import Cleaning, Splitting
 from preparation.corpus import SAMPLE_CLEANING, Corpus, Limits, open_corpus, open_sample_corpus
 from preparation.encoding import LOST, DocumentEncoder, Recipe
 from preparation.selection import Selection, largest_mixture
-from preparation.sources import Format
+from preparation.sources import Format, find_files
 from preparation.tokenizer_kinds import TRAINED, make_tokenizer, text_normalizer
 
 SAMPLE_VOCAB_SIZE = 1500
@@ -77,6 +77,8 @@ class Arguments(Checked):
     """Share of documents for the test split."""
     split: Literal["auto", "hash", "position"] = "auto"
     """hash (by each document's content), position (each document's end goes to val and test), or auto: position below 100 documents."""
+    shuffle_words: Fraction01 = 0.0
+    """Shuffle the words of this share of the training documents, chosen by content: a controlled corruption, for studies. Not val, test."""
     train_bytes: Count | None = None
     """A trained tokenizer learns from a sample of at most this much of the training text. Default: 50 MB; 4 MB for --sample."""
     sample_stories: Annotated[int, Ge(20)] = 20_000
@@ -127,7 +129,7 @@ def encode(args: Arguments, corpus: Corpus, tokenizer: TextTokenizer, writer: Da
     workers = args.num_workers or (1 if total is not None and total < SMALL else min(8, os.cpu_count() or 1))
     selection = Selection(tokenizer, corpus.cleaning.deduplicate)
     with (
-        DocumentEncoder(Recipe(tokenizer, corpus.cleaning, corpus.seed), workers) as encoder,
+        DocumentEncoder(Recipe(tokenizer, corpus.cleaning, corpus.seed, args.shuffle_words), workers) as encoder,
         tqdm(desc="encoding", total=total, unit="B", unit_scale=True, disable=None) as bar,
     ):
         if corpus.weights and corpus.limits == Limits():
@@ -168,8 +170,26 @@ def recorded(args: Arguments) -> dict:
     values = vars(args) | vars(args.form)
     vocab_size = (args.vocab_size or (SAMPLE_VOCAB_SIZE if args.sample else VOCAB_SIZE)) if args.kind in TRAINED else None
     choices = {"tokenizer": args.kind, "vocab_size": vocab_size} | {name: values[name] for name in names}
+    if args.shuffle_words:
+        choices["shuffle_words"] = args.shuffle_words
     cleaning = SAMPLE_CLEANING if args.sample else args.cleaning
     return {"made_with": choices, "cleaning": dataclasses.asdict(cleaning), "seed": args.seed}
+
+
+def content_of(args: Arguments) -> list:
+    """All that determines the token files, but for the tokenizer where it is a file's: the choices, and what the sources hold in place of
+    their names. Datasets of the hub count by their names. Raises FileNotFoundError, ValueError.
+    """
+
+    def digests(*names: str) -> list[str]:
+        return [file.describe()["sha256"] for file in find_files(names, args.form)]
+
+    choices = recorded(args)
+    choices["made_with"]["tokenizer"] = args.kind if args.kind in KINDS else None
+    others = {name: getattr(args, name) for name in ("val_fraction", "test_fraction", "sample_stories", "dataset", "dataset_config")}
+    inputs = [(digests(name), str(weight)) for name, weight in map(parse_weighted, args.input)]
+    grammar = find_corpus(args).describe()["sample"] if args.sample else None
+    return [choices, others, inputs, digests(*args.val_input), digests(*args.test_input), grammar]
 
 
 def describe(args: Arguments, corpus: Corpus, selection: Selection, writer: DataDirectoryWriter) -> tuple[dict, dict[str, bytes]]:

@@ -17,7 +17,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from utils import StopSignal, choose_device, flag_types, lasting_output, notice, run_script
+from utils import StopSignal, choose_device, duration, flag_types, lasting_output, notice, run_script
 
 import torch
 from tqdm import tqdm
@@ -47,7 +47,7 @@ from training.data_order import Batches
 from training.estimates import fitting_batch
 from training.learner import Learner
 from training.machine import LostProcess, Machine, explained_failures
-from training.pace import duration, make_objective
+from training.pace import make_objective
 from training.processes import Processes
 from training.report import StepLog, announce, open_log, plot_losses
 from training.start import Arguments, Start, make_start, open_directories, read_arguments, read_source, run_directory

@@ -103,6 +103,11 @@ def notice(message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
+def duration(seconds: float) -> str:
+    units = {"days": 86400, "hours": 3600, "minutes": 60}
+    return next((f"{seconds / size:.1f} {unit}" for unit, size in units.items() if seconds >= 1.5 * size), f"{seconds:.0f} seconds")
+
+
 # ---------------------------------------------------------------- checked fields
 
 from annotated_types import Ge, Le, Lt, MinLen  # noqa: E402 - the hook above tells if it is missing

@@ -118,7 +118,7 @@ def group_runs(words: list[str]) -> tuple[dict[str, list[Run]], list[str]]:
             variants[name if name and name not in variants else members[0].name] = members
     check_number(variants)
     _check_distinct([run for runs in variants.values() for run in runs])
-    return variants, notes + _budget_notes(variants)
+    return variants, notes + budget_notes(variants)
 
 
 def _check_distinct(runs: list[Run]) -> None:
@@ -128,7 +128,7 @@ def _check_distinct(runs: list[Run]) -> None:
             raise ValueError(f"{a.name} and {b.name} mean the same model, {a.path}; name each run by its own directory")
 
 
-def _budget_notes(variants: dict[str, list[Run]]) -> list[str]:
+def budget_notes(variants: dict[str, list[Run]]) -> list[str]:
     """Where variants differ in more than their data: unequal budgets, other tokenizers."""
     notes = []
     for name, tolerance in TOLERANCE.items():

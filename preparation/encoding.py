@@ -21,11 +21,12 @@ import numpy as np
 
 from formats.data_directory import SPLITS
 from formats.tokenizer import TextTokenizer
-from preparation.cleaning import Cleaning, Splitting, document_key
+from preparation.cleaning import Cleaning, Splitting, document_key, shuffle_words
 from preparation.corpus import Group
 
 BATCH_CHARACTERS = 2**20
 LOST = "contain text that the tokenizer does not give back"
+SHUFFLED = "training documents with shuffled words"
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -48,11 +49,15 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that turns a text into token ids of a split. A forked process has it at once, another one gets it pickled."""
+    """All that turns a text into token ids of a split. A forked process has it at once, another one gets it pickled.
+
+    shuffled: share of the training documents whose words are shuffled.
+    """
 
     tokenizer: TextTokenizer
     cleaning: Cleaning
     seed: int
+    shuffled: float = 0.0
 
     def encode(self, splitting: Splitting, texts: list[str], mended: Counter) -> Encoded:
         """Texts of one group. mended: what reading them had to replace or cut."""
@@ -67,6 +72,9 @@ class Recipe:
             counts["contain NUL"] += "\0" in text
             counts["contain CR"] += "\r" in text
             for name, part in splitting.parts(text):
+                if name == "train" and self.shuffled:
+                    original, part = part, shuffle_words(part, self.shuffled, self.seed)
+                    counts[SHUFFLED] += part != original
                 document.append(len(keys))
                 split.append(SPLITS.index(name))
                 parts.append(part)

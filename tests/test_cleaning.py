@@ -1,6 +1,7 @@
 """Cleaning, de-duplication, held-out documents, limits and mixtures: variants differ only in what they mean to change."""
 
 import json
+import re
 from collections import Counter
 
 import numpy as np
@@ -11,8 +12,9 @@ from hypothesis import strategies as st
 import prepare_data
 from formats.data_directory import DataDirectory
 from formats.tokenizer import EOT
-from preparation.cleaning import Cleaning, document_key, skeleton, split_by_hash
+from preparation.cleaning import Cleaning, document_key, shuffle_words, skeleton, split_by_hash
 from preparation.corpus import DocumentSample
+from preparation.overlap import file_texts, seen_in_training, split_texts
 from preparation.selection import KeySet
 from preparation.sources import Format
 from preparation.tokenizer_kinds import text_normalizer
@@ -332,3 +334,53 @@ def test_the_command_line_tells_what_happened(tmp_path, script):
     eot = DataDirectory(tmp_path / "d").tokenizer.eot_id
     ends = sum(int((DataDirectory(tmp_path / "d").tokens(split) == eot).sum()) for split in ("train", "val", "test"))
     assert ends == len(rows) - 1
+
+
+@given(text=st.text(alphabet=st.sampled_from("ab é\n\t\u00a0"), max_size=60), seed=st.integers(0, 2**63))
+def test_shuffled_words_are_the_same_words_between_the_same_blanks(text, seed):
+    shuffled = shuffle_words(text, 1.0, seed)
+    assert sorted(shuffled.split()) == sorted(text.split()) and re.split(r"\S+", shuffled) == re.split(r"\S+", text)
+    assert shuffle_words(text, 1.0, seed) == shuffled and shuffle_words(text, 0.0, seed) == text
+
+
+def test_a_share_of_the_training_documents_is_shuffled_and_nothing_else(tmp_path):
+    plain, shuffled, _ = (prepared(tmp_path, STORIES, name, shuffle_words=share) for name, share in (("p", 0.0), ("s", 0.3), ("m", 0.6)))
+    for split in ("val", "test"):
+        assert shuffled["splits"][split] == plain["splits"][split]
+    texts = [documents(tmp_path / name, "train") for name in "psm"]
+    changed, changed_more = ({i for i, (a, b) in enumerate(zip(texts[0], other)) if a != b} for other in texts[1:])
+    assert 0.2 < len(changed) / len(texts[0]) < 0.4 and changed < changed_more
+    assert all(sorted(texts[0][i].split()) == sorted(texts[1][i].split()) for i in changed)
+    assert shuffled["made_with"]["shuffle_words"] == 0.3 and shuffled["counts"]["training documents with shuffled words"] == len(changed)
+    assert "shuffle_words" not in plain["made_with"] and shuffled["splits"]["train"]["bytes"] == plain["splits"]["train"]["bytes"]
+
+
+def test_the_sample_corpus_may_be_shuffled_and_keeps_its_entropy(tmp_path):
+    arguments = {"sample": True, "sample_stories": 40, "tokenizer": "byte", "report": False, "shuffle_words": 0.5}
+    meta = prepare_data.prepare(Arguments(**arguments, output=str(tmp_path / "d")))
+    assert meta["counts"]["training documents with shuffled words"] in range(10, 31)
+    assert len(DataDirectory(tmp_path / "d").entropy("test")) == 2 and documents(tmp_path / "d", "test")[0][0].isupper()
+
+
+def test_held_out_documents_in_a_training_split_are_found(tmp_path):
+    meta = prepared(tmp_path, STORIES)
+    train, test = documents(tmp_path / "d", "train"), documents(tmp_path / "d", "test")
+    assert [*split_texts(tmp_path / "d", "test")] == test and meta["splits"]["test"]["documents"] == len(test)
+    write_stories(tmp_path / "other.txt", [train[0].upper(), "  " + train[1].replace(" ", "\n"), "Something else."])
+    sets = {"test": split_texts(tmp_path / "d", "test"), "other": file_texts([str(tmp_path / "other.txt")], Format())}
+    assert seen_in_training(tmp_path / "d", sets) == {"test": 0, "other": 2}
+
+
+def test_what_the_data_is_made_of(tmp_path):
+    """Equal contents count as equal wherever they lie; each choice, source, weight and order counts."""
+    for name, stories in (("a", STORIES[:50]), ("b", STORIES[50:]), ("c", STORIES[:50])):
+        write_stories(tmp_path / f"{name}.txt", stories)
+
+    def content(*names, **choices):
+        return prepare_data.content_of(Arguments(input=tuple(f"{tmp_path}/{name}" for name in names), **choices))
+
+    same = content("a.txt", "b.txt")
+    assert content("c.txt", "b.txt", output="elsewhere", num_workers=3) == same
+    others = [content("b.txt", "a.txt"), content("a.txt"), content("a.txt:1", "b.txt:2"), content("a.txt", "b.txt", seed=1)]
+    others += [content("a.txt", "b.txt", **choice) for choice in ({"shuffle_words": 0.1}, {"val_fraction": 0.1}, {"max_tokens": 9})]
+    assert same not in others

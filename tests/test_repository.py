@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 IGNORED = {"tests", "data", "checkpoints", "runs"} | {path.name for path in ROOT.iterdir() if path.name.startswith(".")}
 SOURCES = sorted(path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] not in IGNORED)
 SCRIPTS = {"prepare_data", "tokenizer_train", "train", "evaluate", "compare", "export_model", "generate", "benchmark"}
-WHOLE_STAGES = {"prepare_data", "export_model"}  # what another script may run whole
+WHOLE_STAGES = {"prepare_data", "export_model", "evaluate"}  # what another script may run whole
 # What a module may import: its own room, the rooms before it, and utils. Rooms that share a line never import each other.
 ROOMS = [["config"], ["models"], ["formats"], ["generation"], ["evaluation"], ["preparation", "training", "export"], ["benchmarks"]]
 

@@ -4,7 +4,7 @@ import statistics
 import time
 from dataclasses import replace
 
-from utils import notice
+from utils import duration, notice
 
 import numpy as np
 import torch
@@ -18,11 +18,6 @@ from training.start import Start
 # times as fast (MEASUREMENTS.md, section 4); 1.2 times would win back 20 seconds of 120.
 WORTH_COMPILING = 120
 LONG_ON_CPU = 6 * 3600  # seconds
-
-
-def duration(seconds: float) -> str:
-    units = {"days": 86400, "hours": 3600, "minutes": 60}
-    return next((f"{seconds / size:.1f} {unit}" for unit, size in units.items() if seconds >= 1.5 * size), f"{seconds:.0f} seconds")
 
 
 def seconds_per_step(objective: NextTokenLoss, start: Start, machine: Machine, rows: int) -> tuple[float, float]:
