@@ -143,8 +143,7 @@ def training_data(args: Arguments, tokenizer: TextTokenizer, content: dict) -> l
 
 def evaluate_tasks(args: Arguments, scorer: Scorer, known: dict[str, ItemScores]) -> dict[str, ItemScores]:
     """The scores of --tasks by their names. Raises ValueError, FileNotFoundError."""
-    made = {"sample": sample_tasks.make} | {name: lambda name=name: [sample_tasks.make_task(name)] for name in sample_tasks.QUESTIONS}
-    tasks, foreign = find_tasks(args.tasks, Path(args.task_data), made)
+    tasks, foreign = find_tasks(args.tasks, Path(args.task_data), sample_tasks.MADE)
     options = (scorer.hash, known, args.batch_size)
     scores = run_tasks(scorer.model, scorer.tokenizer, tasks, *options)
     if foreign:

@@ -62,8 +62,10 @@ def measure(rounds: int, checkpoint: str | None, name: str, root: Path, count: i
     write_hf(model, tokenizer, cwd / "hf")
     exported = transformers.AutoModelForCausalLM.from_pretrained(cwd / "hf", local_files_only=True).eval()
     peer = HFLM(pretrained=exported, tokenizer=transformers.AutoTokenizer.from_pretrained(cwd / "hf"), batch_size=BATCH_SIZE)
-    made = {title: lambda title=title: [sample_tasks.make_task(title)] for title in sample_tasks.QUESTIONS}
-    (task,), _ = find_tasks([name], root, made)
+    tasks, _ = find_tasks([name], root, sample_tasks.MADE)
+    if len(tasks) != 1:
+        raise ValueError(f"task={name!r} is not one local task; name one with --task")
+    task = tasks[0]
     ours = write_items(task, count, cwd / "ours.jsonl", "")
     theirs = write_items(task, count, cwd / "theirs.jsonl", EOT)  # our contexts begin with the EOT; so both read the same ids
     manager, seconds, accuracies = TaskManager(include_defaults=False), {"ours": [], "harness": []}, set()

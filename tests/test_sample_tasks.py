@@ -14,7 +14,7 @@ def test_sample_tasks_are_pure_and_their_probabilities_exact(title):
     """Probabilities followed from the story's own state are those followed from the very beginning."""
     grammar, made = load_grammar(), sample_tasks.make_task(title, 8)
     assert made == sample_tasks.make_task(title, 8) != sample_tasks.make_task(title, 8, seed=2)
-    assert sample_tasks.make_task(title, 3).items == made.items[:3]
+    assert sample_tasks.make_task(title, 3).items == made.items[:3] and title in sample_tasks.MADE
     for item in made.items:
         before = grammar.probability(item.context, grammar.initial())
         for choice, probability in zip(item.choices, item.probabilities, strict=True):

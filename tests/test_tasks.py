@@ -18,7 +18,7 @@ from evaluation import task_scores
 from evaluation.likelihood import log_likelihoods
 from evaluation.task_scores import encode_pair, measure, run_tasks, score_choices, share_of_best, task_table
 from evaluation.tasks import TASKS, Item, Task, find_tasks, read_task_file, task_files
-from formats.scores import read_scores, write_scores
+from formats.scores import content_hash, read_scores, write_scores
 from models import GPT
 from preparation.tokenizer_kinds import byte_tokenizer, char_tokenizer, train_bpe
 
@@ -44,6 +44,8 @@ PUBLIC = {
 }
 
 BPE = train_bpe(["ab ab abab ba\nab aab bb"] * 3, 270)
+
+MODEL = content_hash("model")
 
 
 def write_lines(path, documents) -> None:
@@ -194,7 +196,7 @@ def test_every_task_of_ours_reads_data_in_its_format(tmp_path):
     assert [task.name for task in tasks] == [*PUBLIC]
     right = [task.items[0].delimiter + task.items[0].choices[task.items[0].right] for task in tasks]
     assert right == [" the sun", " the street was wet.", " swims.", " hat", "The cats sleep."]
-    scores = run_tasks(model_for(tokenizer), tokenizer, tasks, "model", {})
+    scores = run_tasks(model_for(tokenizer), tokenizer, tasks, MODEL, {})
     assert len(scores["blimp"]) == 16 == len(scores["blimp"].summary["parts"])
     write_scores(tmp_path / "evaluation.npz", scores)
     assert read_scores(tmp_path / "evaluation.npz")["copa"].summary == scores["copa"].summary
@@ -239,7 +241,7 @@ def test_a_model_that_cannot_tell_choices_apart_is_at_chance():
     """Both sentences are the same to a tokenizer that knows neither's letters, though the right one always comes first."""
     tokenizer = char_tokenizer(["abc "])
     task = Task("pairs", tuple(Item("", (f"x{i}", f"y{i}"), 0) for i in range(5)))
-    summary = run_tasks(model_for(tokenizer), tokenizer, [task], "model", {})["pairs"].summary
+    summary = run_tasks(model_for(tokenizer), tokenizer, [task], MODEL, {})["pairs"].summary
     assert summary["measures"]["accuracy"]["value"] == 0.5 and summary["texts_with_unknown_tokens"] == 10
 
 
@@ -259,7 +261,7 @@ def test_intervals_are_wilsons_and_students():
 def test_a_task_is_scored_as_its_log_likelihoods_say(task):
     tokenizer = byte_tokenizer()
     model, found = model_for(tokenizer), read(task(metric_list=[{"metric": "acc_norm"}, {"metric": "acc"}]))
-    scores = run_tasks(model, tokenizer, [found], "model", {})["colors"]
+    scores = run_tasks(model, tokenizer, [found], MODEL, {})["colors"]
     pairs = [encode_pair(tokenizer, "Grass?\nAnswer:", choice) for choice in (" green", " a red")]
     first, second = log_likelihoods(model, pairs).nats
     assert scores.columns["margin"] == pytest.approx([(first - second) * (-1) ** i for i in range(4)])
@@ -272,14 +274,14 @@ def test_a_task_is_scored_as_its_log_likelihoods_say(task):
 def test_what_is_known_is_not_computed_again(task, monkeypatch):
     tokenizer, found = byte_tokenizer(), read(task())
     model = model_for(tokenizer)
-    first = run_tasks(model, tokenizer, [found], "model", {})
-    other = run_tasks(model, tokenizer, [found], "other model", first)
+    first = run_tasks(model, tokenizer, [found], MODEL, {})
+    other = run_tasks(model, tokenizer, [found], content_hash("other model"), first)
     assert other["colors"].key != first["colors"].key
     monkeypatch.setattr(task_scores, "log_likelihoods", None)
-    again = run_tasks(model, tokenizer, [found], "model", first)
+    again = run_tasks(model, tokenizer, [found], MODEL, first)
     assert again["colors"].summary == first["colors"].summary and again["colors"].columns is first["colors"].columns
     with pytest.raises(TypeError):
-        run_tasks(model, tokenizer, [read(task(doc_to_target=1))], "model", first)
+        run_tasks(model, tokenizer, [read(task(doc_to_target=1))], MODEL, first)
 
 
 def test_a_cloze_counts_what_the_model_would_write(task):
@@ -288,7 +290,7 @@ def test_a_cloze_counts_what_the_model_would_write(task):
     found = read(
         task(output_type="loglikelihood", doc_to_choice=None, doc_to_target="{{' ' + first}}", metric_list=[{"metric": "perplexity"}])
     )
-    scores = run_tasks(model, tokenizer, [found], "model", {})["colors"]
+    scores = run_tasks(model, tokenizer, [found], MODEL, {})["colors"]
     nats = log_likelihoods(model, [encode_pair(tokenizer, "Grass?\nAnswer:", " green")]).nats[0]
     assert scores.columns["log_probability"] == pytest.approx([nats] * 4) and scores.columns["correct"].tolist() == [0] * 4
     assert scores.summary["measures"]["perplexity"]["value"] == pytest.approx(math.exp(-nats))
