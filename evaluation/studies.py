@@ -339,11 +339,11 @@ def _part_of(flags: StudyFlags, planner: Planner, search: Search | None) -> int:
 
 
 def scores_of(planner: Planner, cells: list[Cell]) -> Variants:
-    """What the cells that are done scored; sets carry the recipe's names. Raises ValueError."""
-    names = {str(step.directory): name for name, step in planner.held_out.items()}
-    found: Variants = {}
+    """What the cells that are done scored on what the recipe names; texts carry the recipe's names. Raises ValueError."""
+    names, tasks, found = planner.set_names.items(), "tasks" in planner.recipe.evaluation, {}
     for cell in (cell for cell in cells if cell.done):
-        sets = read_scores(cell.evaluate.directory / SCORES)
-        named = {next((known for path, known in names.items() if name.startswith(path)), name): scores for name, scores in sets.items()}
-        found.setdefault(cell.variant, {})[str(cell.train.directory)] = named
+        sets = read_scores(cell.evaluate.directory / SCORES).items()  # maybe also of an earlier recipe
+        texts = {known: scores for path, known in names for name, scores in sets if scores.kind == "text" and name.startswith(path)}
+        done = {name: scores for name, scores in sets if scores.kind == "task" and tasks}
+        found.setdefault(cell.variant, {})[str(cell.train.directory)] = texts | done
     return found
