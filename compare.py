@@ -110,7 +110,7 @@ def verdict(difference: float, error: float) -> str:
     return f"{abs(difference) / error:.0f} standard errors" if error else "in every document alike"
 
 
-def print_means(out_dir: Path, variants: Variants) -> None:
+def finish(out_dir: Path, variants: Variants) -> None:
     """The mean bits per byte of each variant's runs on each held-out set."""
     for variant, runs in variants.items():
         for name in next(iter(runs.values())):
@@ -142,7 +142,7 @@ def study(flags: StudyFlags) -> int:
     }
     here = Path(__file__).resolve().parent
     scripts = {name: Script(here / f"{name}.py", frozenset(flag_types(kind)), read) for name, (kind, read) in readers.items()}
-    return run_study(flags, scripts, Texts(prepare_data.content_of, digests, seen), print_means)
+    return run_study(flags, scripts, Texts(prepare_data.content_of, digests, seen), finish)
 
 
 def main(argv: list[str] | None = None) -> int:
