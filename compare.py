@@ -24,10 +24,12 @@ from evaluation.measures import why_no_bits_per_byte
 from evaluation.plans import Texts
 from evaluation.recipes import Script
 from evaluation.studies import StudyFlags, run_study
+from evaluation.tasks import find_tasks
 from evaluation.variants import Run, budget_notes, by_variant, group_runs, read_run
 from formats.data_directory import DataDirectory
 from formats.run_directory import load_model
 from formats.scores import SCORES, ItemScores, read_scores
+from preparation import sample_tasks
 from preparation.overlap import file_texts, seen_in_training, split_texts
 from preparation.sources import find_files
 
@@ -105,7 +107,7 @@ def run_scores(run: Run, sets: dict[str, list[str]], device: str, batch_size: in
     return scores
 
 
-def finish_study(directory: Path, variants: Variants) -> None:
+def finish(directory: Path, variants: Variants) -> None:
     """Compare a study's variants, write the result into its folder, print it. Raises ValueError, OSError."""
     runs = {name: [read_run(run) for run in members] for name, members in variants.items()}
     comparison = compare_variants(variants, budget_notes(runs))
@@ -126,7 +128,9 @@ def study(flags: StudyFlags) -> int:
         return lambda words: read_command_line(kind, words, None)
 
     def digests(evaluating: evaluate.Arguments) -> list:
-        return [file.describe()["sha256"] for file in find_files(evaluating.text, evaluating.form)]
+        tasks, foreign = find_tasks(evaluating.tasks, Path(evaluating.task_data), sample_tasks.MADE)
+        files = [file.describe()["sha256"] for file in find_files(evaluating.text, evaluating.form)]
+        return [*files, *(task.items_hash for task in tasks), *foreign]
 
     def seen(directory: Path, held_out: dict[str, Path], evaluating: evaluate.Arguments) -> dict[str, int]:
         sets = {name: split_texts(path, "test") for name, path in held_out.items()}
@@ -139,7 +143,7 @@ def study(flags: StudyFlags) -> int:
     }
     here = Path(__file__).resolve().parent
     scripts = {name: Script(here / f"{name}.py", frozenset(flag_types(kind)), read) for name, (kind, read) in readers.items()}
-    return run_study(flags, scripts, Texts(prepare_data.content_of, digests, seen), finish_study)
+    return run_study(flags, scripts, Texts(prepare_data.content_of, digests, seen), finish)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -19,7 +19,7 @@ from formats.scores import SCORES, read_scores
 LEAST = 0.05  # share of each source: towards 0 the loss on it grows without bound, which no simple regression follows
 CANDIDATES = 20_000
 TOP = 20  # predicted best candidates, whose mean is taken, so that one of them can't be the regression's lucky error
-# A predicted gain above so many leave-one-out errors is more than noise. Where all mixtures are equally good, 1% to 7% of 200 simulated
+# A predicted gain above so many leave-one-out errors is more than noise. Where all mixtures are equally good, 0% to 7% of 200 simulated
 # searches found such a gain (2 to 5 sources, 8 to 24 pilots); above one error 7% to 24% did, for it is the best of many predictions.
 CLEAR = 2
 RIDGES = (1e-6, 1e-4, 1e-2)

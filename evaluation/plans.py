@@ -24,7 +24,7 @@ from formats.tokenizer import KINDS
 
 TOKENIZER = "bpe"  # unless the recipe says otherwise: a vocabulary of its own pays for small models
 SAMPLE_STORIES = 20_000  # of prepare_data.py --sample, if nobody says how many
-PATHS = ("input", "val_input", "test_input", "text")
+PATHS = ("input", "val_input", "test_input", "text", "task_data")
 READY = {"gpt2", "byte"}  # tokenizers that need no text
 PRODUCTS = {PREPARE: META, TRAIN: BEST, EVALUATE: SCORES}  # the file that a call writes last, or at least must have written
 OF_VARIANTS = {"max_documents", "max_bytes", "max_tokens", "shuffle_words"}  # in [data], not meant for what models are measured on
@@ -62,7 +62,7 @@ class Texts:
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One call of a script. key: hash of all that determines what it writes into `directory`; args: its flags, as the script reads them."""
+    """One call of a script. key: hash of all that determines what it writes into `directory`."""
 
     title: str
     script: Script
@@ -70,7 +70,6 @@ class Step:
     flags: Flags
     directory: Path
     key: str
-    args: object
 
     @property
     def command(self) -> list[str]:
@@ -168,7 +167,7 @@ class Planner:
         made_by = tokenizer.key if tokenizer else self.tokenizer_content
         key = content_hash(PREPARE, self.texts.content_of_data(args), made_by)
         directory = self.out_dir / "data" / f"{name}-{key[:8]}"
-        return Step(f"preparing {name}", self.scripts[PREPARE], PREPARE, flags | {"output": str(directory)}, directory, key, args)
+        return Step(f"preparing {name}", self.scripts[PREPARE], PREPARE, flags | {"output": str(directory)}, directory, key)
 
     @cached_property
     def union(self) -> Step | None:
@@ -214,6 +213,12 @@ class Planner:
         return self.read(EVALUATE, "[evaluation]", self.rooted(self.recipe.evaluation))
 
     @cached_property
+    def set_names(self) -> dict[str, str]:
+        """What evaluate.py is told to read -> its name in the recipe."""
+        texts = {str(self.root / text): str(text) for text in several(self.recipe.evaluation.get("text", []))}
+        return {str(step.directory): name for name, step in self.held_out.items()} | texts
+
+    @cached_property
     def measured_on(self) -> list:
         """What determines the held-out texts."""
         return [[step.key for step in self.held_out.values()], self.texts.content_of_texts(self.evaluation)]
@@ -231,7 +236,7 @@ class Planner:
         run = self.out_dir / "runs" / f"{name.replace(' ', '-')}-seed{seed}-{key[:8]}"
         names = [str(step.directory) + ("" if share is None else f":{share}") for step, share in data]
         flags = {"data_dir": names} | flags | {"seed": seed, "out_dir": str(run), "resume": "auto"}
-        train = Step(f"training {name}, seed {seed}", self.scripts[TRAIN], TRAIN, flags, run, key, args)
+        train = Step(f"training {name}, seed {seed}", self.scripts[TRAIN], TRAIN, flags, run, key)
         return Cell(name, seed, tuple(step for step, _ in data), train, self.evaluate(train), work(args.model, args.train))
 
     def evaluate(self, train: Step) -> Step:
@@ -239,7 +244,7 @@ class Planner:
         flags = {"checkpoint": str(train.directory), "data_dir": names, "split": "test"} | self.rooted(self.recipe.evaluation)
         key = content_hash(EVALUATE, train.key, self.measured_on, self.recipe.evaluation)
         title = train.title.replace("training", "evaluating", 1)
-        return Step(title, self.scripts[EVALUATE], EVALUATE, flags, train.directory, key, self.evaluation)
+        return Step(title, self.scripts[EVALUATE], EVALUATE, flags, train.directory, key)
 
     def variants(self) -> list[Cell]:
         """The cells of [variants] and [models], seed after seed, so that what a further seed adds comes last."""

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from evaluation.comparison import Variants
 from evaluation.mixtures import Search
-from evaluation.plans import Cell, Planner, Step, Texts, several
+from evaluation.plans import Cell, Planner, Step, Texts
 from evaluation.recipes import Script, read_recipe
 from formats.data_directory import DataDirectory
 from formats.metrics import METRICS
@@ -339,12 +339,11 @@ def _part_of(flags: StudyFlags, planner: Planner, search: Search | None) -> int:
 
 
 def scores_of(planner: Planner, cells: list[Cell]) -> Variants:
-    """What the cells that are done scored, by variant and run directory; sets carry the recipe's names. Raises ValueError."""
-    names = {f"{step.directory} test": name for name, step in planner.held_out.items()}
-    names |= {f"{planner.root / text} text": text for text in several(planner.recipe.evaluation.get("text", ()))}
-    found: Variants = {}
+    """What the cells that are done scored on what the recipe names; texts carry the recipe's names. Raises ValueError."""
+    names, tasks, found = planner.set_names.items(), "tasks" in planner.recipe.evaluation, {}
     for cell in (cell for cell in cells if cell.done):
-        sets = read_scores(cell.evaluate.directory / SCORES)
-        named = {names.get(name, name): scores for name, scores in sets.items() if "nats" in scores.columns or "correct" in scores.columns}
-        found.setdefault(cell.variant, {})[str(cell.train.directory)] = named
+        sets = read_scores(cell.evaluate.directory / SCORES).items()  # maybe also of an earlier recipe
+        texts = {known: scores for path, known in names for name, scores in sets if scores.kind == "text" and name.startswith(path)}
+        done = {name: scores for name, scores in sets if tasks and "correct" in scores.columns}
+        found.setdefault(cell.variant, {})[str(cell.train.directory)] = texts | done
     return found

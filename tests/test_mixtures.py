@@ -87,7 +87,7 @@ def test_a_search_runs_pilots_and_then_tests_what_they_predict(study, monkeypatc
     assert [call[call.index("--seed") + 1] for call in calls] == ["0"] * 6 + ["1"] * 3 + ["2"] * 3
     weights = [[word.rpartition(":")[2] if ":" in word else "" for word in call[2 : call.index("--preset")]] for call in calls[6:9]]
     assert weights == [["0.7", "0.3"], ["", ""], ["0.5", "0.5"]]  # best, natural, uniform
-    assert "best, somewhere test: 1.5000" in out
+    assert "best, a: 1.5000" in out
     assert study("--cell", 11)[0] == 0 and study()[0] == 0 and not diary(study)
 
 

@@ -44,11 +44,14 @@ FAKES = {
         (run / "best_model.pt").touch()
     """,
     "evaluate.py": """
-        shutil.copy(home / "evaluation.npz", flag("--checkpoint"))
+        with zipfile.ZipFile(home / "evaluation.npz") as old, zipfile.ZipFile(flag("--checkpoint") + "/evaluation.npz", "w") as new:
+            for name in old.namelist():
+                data = old.read(name)
+                new.writestr(name, data.replace(b"@" * 200, flag("--data_dir").encode()).ljust(len(data)))
     """,
 }
 BEGINNING = """
-import pathlib, shutil, sys
+import pathlib, shutil, sys, zipfile
 home = pathlib.Path(__file__).parent
 def flag(name):
     return sys.argv[sys.argv.index(name) + 1]
@@ -85,7 +88,8 @@ max_steps = 2
 """
 
 
-def print_means(directory: Path, variants: dict) -> None:
+def print_means(out_dir: Path, variants: dict) -> None:
+    """What is to be compared: each variant's mean on each set."""
     for variant, runs in variants.items():
         for name in next(iter(runs.values())):
             bits = [sets[name].summary["bits_per_byte"] for sets in runs.values()]
@@ -101,9 +105,9 @@ def study(tmp_path, monkeypatch, sample_dir, capsys):
     for name, body in FAKES.items():
         (home / name).write_text(BEGINNING + "\n".join(line[8:] for line in body.splitlines()))
     text = ItemScores("0" * 64, "1" * 64, "text", {"bits_per_byte": 1.5}, {"nats": np.ones(3), "bytes": np.ones(3, int)}, "2" * 64)
-    write_scores(home / "evaluation.npz", {"somewhere test": text})
+    write_scores(home / "evaluation.npz", {"@" * 200 + " test": text, "texts/more.txt text": text, "of an earlier recipe": text})
     monkeypatch.setattr(compare, "__file__", str(home / "compare.py"))
-    monkeypatch.setattr(compare, "finish_study", print_means)  # fake runs have no weights to compare
+    monkeypatch.setattr(compare, "finish", print_means)  # there are no models to compare
     monkeypatch.chdir(tmp_path)
     Path("r.toml").write_text(RECIPE)
 
@@ -137,7 +141,7 @@ def test_a_study_runs_what_is_not_done_and_nothing_else(study):
     assert code == 0 and "4 cells" in err and err.count(": done") == 4
     union, plain, *calls = [line.split()[0] for line in diary(study)]
     assert {union, plain} == {"prepare_data"} and calls == ["train", "evaluate", "prepare_data", *["train", "evaluate"] * 3]
-    assert "plain, somewhere test: 1.5000 bits/byte in 2 runs" in out
+    assert out == "plain, held_out: 1.5000 bits/byte in 2 runs\nshuffled, held_out: 1.5000 bits/byte in 2 runs\n"
     assert study()[0] == 0 and not diary(study)
     change("seeds = [1, 2]", "seeds = [1, 2, 3]")
     assert study()[0] == 0 and len(diary(study)) == 4  # a seed costs its own two cells
@@ -166,7 +170,7 @@ def test_a_failed_cell_is_told_and_does_not_stop_the_others(study):
     code, out, err = study()
     assert code == 1 and err.count(": done") == 3
     assert "plain, seed 1: failed, train.py: this one is broken (all it said: studies/r/logs/plain-seed1-" in err
-    assert "not compared, for they failed: plain, seed 1" in err and "plain, somewhere test: 1.5000 bits/byte in 1 runs" in out
+    assert "not compared, for they failed: plain, seed 1" in err and "plain, held_out: 1.5000 bits/byte in 1 runs" in out
     (study.home / "broken").write_text("plain")
     change("seeds = [1, 2]", "seeds = [1, 3]")
     code, _, err = study()
@@ -182,7 +186,12 @@ def test_held_out_documents_in_training_data_and_small_data_fail(study, sample_d
     code, _, err = study()
     assert code == 1 and "trains on documents that models are measured on (1 of seen.txt)" in err and not diary(study, "train")
     change("[study]", "[study]\nallow_overlap = true")
-    assert study()[0] == 0 and len(diary(study, "train")) == 4
+    change('text = "seen.txt"', 'text = "more.txt"')
+    Path("texts").mkdir()
+    Path("seen.txt").rename("texts/more.txt")
+    code, out, _ = study("--data_root", "texts")
+    assert code == 0 and len(diary(study, "train")) == 4
+    assert "plain, more.txt: 1.5000" in out and "plain, held_out: 1.5000" in out  # sets by the recipe's names
 
 
 def test_a_source_too_small_for_its_budget_fails(study):
