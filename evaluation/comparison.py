@@ -99,7 +99,7 @@ def _columns(name: str, scores: dict[str, ItemScores]) -> _Columns:
         raise ValueError(f"{name} holds nothing to compare on")
     if one.kind == "text":
         return _Columns("bits/byte", True, "document", {run: nats / math.log(2) for run, nats in values.items()}, weights)
-    return _Columns({"correct": "accuracy"}.get(column, column), False, "item", values, weights)
+    return _Columns({"correct": "accuracy", "correct_norm": "accuracy_norm"}.get(column, column), False, "item", values, weights)
 
 
 def as_text(value: float, scale: float) -> str:

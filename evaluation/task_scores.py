@@ -118,7 +118,8 @@ def measures_of(task: Task, columns: dict[str, np.ndarray]) -> dict[str, dict]:
 
 def summarize_task(task: Task, columns: dict[str, np.ndarray]) -> dict:
     """What evaluation.json says of a task: its measures, and of a group the accuracy of each part."""
-    summary = {"items": len(task.items), "metrics": [*task.metrics], "measures": measures_of(task, columns)}
+    first = {"accuracy_norm": "correct_norm"}.get(task.metrics[0], "correct")  # the column that runs are compared by
+    summary = {"items": len(task.items), "metric": first, "metrics": [*task.metrics], "measures": measures_of(task, columns)}
     if task.parts:
         ends = np.cumsum([*task.parts.values()])[:-1]
         parts = zip(task.parts, np.split(columns["correct"], ends))

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import compare
+from evaluation.tasks import task_files
 from formats.scores import SCORES, ItemScores, read_scores, write_scores
 from tests.conftest import ROOT
 from tests.runs import assert_same_run, documents, lines, start, write_stories
@@ -395,10 +396,21 @@ def test_paths_begin_at_the_data_root(study, tmp_path):
     assert keys[0] == keys[1]  # by content, not by name
 
 
+def phenomena() -> list[str]:
+    group = task_files()["blimp"][1]
+    return [task["task"].removeprefix("blimp_") for task in group["task"]]
+
+
 def test_our_recipes_are_plans(tmp_path, monkeypatch, capsys):
     for name in ("tinystories/train", "books/a", "wikitext2/valid"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / f"{name}.txt").write_text("text")
+    pair, choice = {"sentence_good": "It is.", "sentence_bad": "It are."}, {"query": "It", "choices": ["is.", "are."], "gold": 0}
+    for names, item in (([f"blimp/{part}" for part in phenomena()], pair), (["hellaswag_1000"], choice)):
+        for name in names:
+            path = tmp_path / "eval" / f"{name}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(item) + "\n")
     monkeypatch.chdir(tmp_path)
     for name, cells in (("sample", 6), ("study", 9)):
         assert compare.main(["--recipe", f"{ROOT}/recipes/{name}.toml", "--data_root", str(tmp_path), "--dry_run"]) == 0
