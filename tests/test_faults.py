@@ -19,7 +19,7 @@ from formats.checkpoint import load_checkpoint
 from formats.run_directory import step_checkpoints
 from models import GPT
 from tests.conftest import ROOT, tiny
-from tests.runs import assert_same_run, training, wait_for_lines
+from tests.runs import assert_same_run, start_training, wait_for_lines
 from training import estimates
 from training.machine import Machine
 from training.processes import Processes
@@ -196,7 +196,7 @@ def evaluate_forever() -> None:
 def test_a_second_signal_aborts(tmp_path, sample_dir):
     """The first one waits for an evaluation that never ends; the second ends the process at once."""
     arguments = tiny(data_dir=sample_dir, out_dir=tmp_path / "run", max_steps=20, eval_interval=4)
-    process = training(*arguments, output=tmp_path / "said", prepare=evaluate_forever)
+    process = start_training(*arguments, output=tmp_path / "said", prepare=evaluate_forever)
     wait_for_lines(tmp_path / "run", 4)
     process.terminate()
     process.join(1)
