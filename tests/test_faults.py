@@ -222,6 +222,20 @@ def test_too_little_memory_shrinks_the_batch_to_the_largest_that_fits(tmp_path, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
+def test_the_memory_estimate_grows_at_least_by_what_is_surely_held(arch, dtype):
+    """A larger vocabulary costs its logits, weights, gradients and AdamW's two moments; dropout every attention probability."""
+
+    def estimate(**changes) -> float:
+        model = GPT(GPTConfig(**{"arch": arch, "block_size": 64, "n_layer": 2, "n_head": 2, "n_embd": 32, "vocab_size": 500} | changes))
+        return estimates.memory_estimate(model, TrainConfig(optimizer="adamw"), dtype, 4, "cpu", False)
+
+    tokens, small = 4 * 64, estimate()
+    assert estimate(vocab_size=5000) - small >= 4500 * (tokens * 4 + 32 * 16)
+    assert estimate(dropout=0.1) - small >= tokens * 2 * 2 * 64 * dtype.itemsize
+
+
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
 )
