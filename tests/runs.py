@@ -63,7 +63,7 @@ def _train(arguments: list[str], output: str, prepare: Callable[[], None] | None
         utils.run_script(lambda: train.main(arguments))
 
 
-def training(*arguments, output, prepare: Callable[[], None] | None = None, **environment: str) -> multiprocessing.Process:
+def start_training(*arguments, output, prepare: Callable[[], None] | None = None, **environment: str) -> multiprocessing.Process:
     """train.py in a process of its own, which writes what it says into the file `output`. prepare: called there first, to patch modules."""
     process = SERVER.Process(target=_train, args=([*map(str, arguments)], str(output), prepare, environment), daemon=True)
     with contextlib.chdir(ROOT):  # where the server finds its modules

@@ -18,7 +18,7 @@ import train
 from formats.data_directory import DataDirectory
 from formats.run_directory import newest_checkpoint, step_checkpoints
 from tests.conftest import ROOT, tiny
-from tests.runs import assert_same_run, lines, training, wait_for_lines
+from tests.runs import assert_same_run, lines, start_training, wait_for_lines
 from training.data_order import Batches, TrainingData, samples_of_step
 
 FACTORS = {
@@ -81,7 +81,7 @@ def check_resume(tmp_path, sample_dir, combination: dict) -> None:
     assert last > max(killed_at)
     parts = [*arguments, "--out_dir", str(tmp_path / "parts"), "--resume", "auto"]
     for step in killed_at:
-        process = training(*parts, output=tmp_path / "said", prepare=functools.partial(kill_before, step))
+        process = start_training(*parts, output=tmp_path / "said", prepare=functools.partial(kill_before, step))
         process.join()
         assert process.exitcode == -signal.SIGKILL, (tmp_path / "said").read_text()
     if flags["compile"] == "True":
@@ -113,7 +113,7 @@ def kill_at_random(tmp_path, sample_dir, kills: int, seed: int) -> None:
     rng, run = random.Random(seed), tmp_path / "parts"
     for _ in range(kills):
         before = len(lines(run)) if run.exists() else 0
-        process = training(*arguments, "--out_dir", run, "--resume", "auto", output=tmp_path / "said")
+        process = start_training(*arguments, "--out_dir", run, "--resume", "auto", output=tmp_path / "said")
         wait_for_lines(run, before // 2 + 3)
         time.sleep(rng.random() * 0.3)
         process.kill()

@@ -19,7 +19,7 @@ from formats.checkpoint import load_checkpoint
 from formats.run_directory import step_checkpoints
 from models import GPT
 from tests.conftest import ROOT, tiny
-from tests.runs import assert_same_run, training, wait_for_lines
+from tests.runs import assert_same_run, start_training, wait_for_lines
 from training import estimates
 from training.machine import Machine
 from training.processes import Processes
@@ -196,7 +196,7 @@ def evaluate_forever() -> None:
 def test_a_second_signal_aborts(tmp_path, sample_dir):
     """The first one waits for an evaluation that never ends; the second ends the process at once."""
     arguments = tiny(data_dir=sample_dir, out_dir=tmp_path / "run", max_steps=20, eval_interval=4)
-    process = training(*arguments, output=tmp_path / "said", prepare=evaluate_forever)
+    process = start_training(*arguments, output=tmp_path / "said", prepare=evaluate_forever)
     wait_for_lines(tmp_path / "run", 4)
     process.terminate()
     process.join(1)
@@ -220,6 +220,20 @@ def test_too_little_memory_shrinks_the_batch_to_the_largest_that_fits(tmp_path, 
     message = mistake("train.py", *large, cwd=tmp_path)
     assert "smaller model" in message and "one window at a time" in message and "GB are free" in message
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
+def test_the_memory_estimate_grows_at_least_by_what_is_surely_held(arch, dtype):
+    """A larger vocabulary costs its logits, weights, gradients and AdamW's two moments; dropout every attention probability."""
+
+    def estimate(**changes) -> float:
+        model = GPT(GPTConfig(**{"arch": arch, "block_size": 64, "n_layer": 2, "n_head": 2, "n_embd": 32, "vocab_size": 500} | changes))
+        return estimates.memory_estimate(model, TrainConfig(optimizer="adamw"), dtype, 4, "cpu", False)
+
+    tokens, small = 4 * 64, estimate()
+    assert estimate(vocab_size=5000) - small >= 4500 * (tokens * 4 + 32 * 16)
+    assert estimate(dropout=0.1) - small >= tokens * 2 * 2 * 64 * dtype.itemsize
 
 
 @pytest.mark.parametrize(

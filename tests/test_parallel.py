@@ -14,7 +14,7 @@ import train
 from formats.metrics import read_metrics
 from formats.run_directory import newest_checkpoint
 from tests.conftest import ROOT, tiny
-from tests.runs import training
+from tests.runs import start_training
 from training import estimates
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
@@ -27,7 +27,8 @@ def two_processes(tmp_path, *arguments, prepare=None) -> tuple[list[int], str]:
         told = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     said = [tmp_path / f"said_{rank}" for rank in range(2)]
     processes = [
-        training(*arguments, output=file, prepare=prepare, RANK=str(rank), LOCAL_RANK=str(rank), **told) for rank, file in enumerate(said)
+        start_training(*arguments, output=file, prepare=prepare, RANK=str(rank), LOCAL_RANK=str(rank), **told)
+        for rank, file in enumerate(said)
     ]
     for process in processes:
         process.join(300)

@@ -18,7 +18,7 @@ from formats.run_directory import newest_checkpoint, step_checkpoints, step_path
 from models import GPT, NextTokenLoss
 from preparation.tokenizer_kinds import train_bpe
 from tests.conftest import tiny
-from tests.runs import assert_same_run, lines, training, wait_for_lines
+from tests.runs import assert_same_run, lines, start_training, wait_for_lines
 from training.data_order import Batches, TrainingData
 from training.learner import Learner, passes_of_step
 from training.machine import Machine
@@ -64,7 +64,7 @@ def test_the_best_model_is_the_one_of_the_lowest_loss(tmp_path, sample_dir, monk
 def test_a_signal_saves_and_the_same_command_line_goes_on(tmp_path, sample_dir, script, number, code):
     arguments = tiny(data_dir=sample_dir, max_steps=60, eval_interval=20, resume="auto")
     script("train.py", *arguments, "--out_dir", tmp_path / "whole")
-    process = training(*arguments, "--out_dir", tmp_path / "parts", output=tmp_path / "said")
+    process = start_training(*arguments, "--out_dir", tmp_path / "parts", output=tmp_path / "said")
     wait_for_lines(tmp_path / "parts", 5)
     os.kill(process.pid, number)
     process.join(120)
@@ -506,8 +506,9 @@ def test_a_missing_package_is_one_sentence(tmp_path, program):
 
 
 def test_bare_train_on_a_cpu_warns_and_goes_on(tmp_path, sample_dir, script, monkeypatch):
-    """`small` on a CPU: the estimate, a pasteable line, and then the training itself starts."""
+    """`small`, but for its depth, on a CPU: the estimate, a pasteable line, and then the training itself starts."""
     shutil.copytree(sample_dir, tmp_path / "data")
+    monkeypatch.setattr("training.pace.seconds_per_step", lambda *args: (9.0, 0.0))
     monkeypatch.setattr(train, "training_step", lambda *_: sys.exit(7))
-    process = script("train.py", "--device", "cpu", "--block_size", 64, "--batch_size", 1, cwd=tmp_path, code=7)
+    process = script("train.py", "--device", "cpu", "--n_layer", 1, cwd=tmp_path, code=7)
     assert "about" in process.stderr and "python train.py --preset nano --out_dir checkpoints/nano" in process.stderr
