@@ -5,6 +5,7 @@ from pathlib import Path
 
 from formats.outputs import write_atomically
 
+FEWEST, FEWEST_SHARE = 20, 0.0005  # predictions behind a point of the calibration: fewer would only show chance
 MARK = {"Software": "evaluate.py"}  # formats.outputs knows the picture by it
 
 
@@ -20,9 +21,9 @@ def draw_evaluation(path: Path, summaries: dict[str, dict]) -> None:
     reliability, positions = figure.subplots(1, 2)
     reliability.plot([0, 1], [0, 1], color="gray", linestyle=":", linewidth=1, label="as stated")
     for name, summary in summaries.items():
-        filled = [row for row in summary["calibration"] if row[0]]
-        points = [(confidence / count, hits / count) for count, confidence, hits in filled]
-        reliability.plot(*zip(*points), marker="o", markersize=3, label=f"{name} (error {summary['calibration_error']:.3f})")
+        fewest = max(FEWEST, FEWEST_SHARE * sum(row[0] for row in summary["calibration"]))
+        points = [(confidence / count, hits / count) for count, confidence, hits in summary["calibration"] if count >= fewest]
+        reliability.plot(*(zip(*points) if points else ([], [])), marker="o", markersize=3, label=f"{name} (error {summary['calibration_error']:.3f})")
         steps = [(i + 1, nats / count) for i, (count, nats) in enumerate(summary["positions"]) if count]
         positions.plot(*zip(*smoothed(steps)), linewidth=1.2, label=name)
     reliability.set(xlabel="probability of the most probable token", ylabel="how often it was right", title="calibration")
