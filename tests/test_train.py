@@ -478,7 +478,7 @@ def test_tensorboard_holds_what_metrics_holds(tmp_path, sample_dir, script):
         (["--preset", "huge"], "unknown preset 'huge'; take one of nano"),
         (["--data_dir", "nowhere"], "no data directory at nowhere"),
         (["--n_embd", "100", "--n_head", "6"], "n_embd=100 is not divisible by n_head=6"),
-        (["--block_size", "100000"], "fewer than block_size"),
+        (["--block_size", "100000"], "fewer than block_size + 1 = 100001"),
         (["--vocab_size", "77"], "vocab_size=77, but the data's tokenizer has 512 ids"),
         (["--preset", "nano", "--arch", "qwen3", "--bias"], "bias=True"),
         (["--epochs", "1", "--max_steps", "3"], "--max_steps and --epochs"),
