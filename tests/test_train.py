@@ -1,6 +1,7 @@
 """train.py as a user runs it: the run directory, signals, damaged files, and what it refuses."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -23,6 +24,7 @@ from training.data_order import Batches, TrainingData
 from training.learner import Learner, passes_of_step
 from training.machine import Machine
 from training.processes import Processes
+from training.start import fix_length
 from training.step import training_step
 
 
@@ -446,6 +448,16 @@ def test_the_length_of_a_run_in_tokens(tmp_path, sample_dir, mistake):
     assert train.main([*arguments, "--max_tokens", "1025"]) == 0
     assert newest_checkpoint(tmp_path / "run")[1]["step"] == 5
     assert "epochs and max_tokens both set" in mistake("train.py", *arguments, "--max_tokens", "9", "--epochs", "1", cwd=tmp_path)
+
+
+def test_the_length_of_a_run_in_epochs(sample_dir):
+    """One and a half passes; a warmup that nobody asked for takes at most a tenth of them."""
+    data = TrainingData([DataDirectory(sample_dir)], [None], 32, seed=1)
+    config = TrainConfig(epochs=1.5, batch_size=4, gradient_accumulation_steps=2, warmup_steps=2000)
+    steps = math.ceil(1.5 * data.samples_per_epoch / 8)
+    fixed = fix_length(config, False, data)
+    assert (fixed.max_steps, fixed.warmup_steps) == (steps, steps // 10) and steps // 10 < 2000
+    assert fix_length(config, True, data).warmup_steps == 2000
 
 
 def test_sample_texts_are_logged_and_change_nothing(tmp_path, sample_dir):
