@@ -32,6 +32,7 @@ def test_a_duration_is_told_in_the_largest_unit_of_which_there_is_half_more_than
         (1.0, None, False, "so short a run"),  # not even tried
         (5.0, 4.0, True, "about 6.7 minutes for 100 steps, after 9 seconds of compiling"),
         (5.0, 6.0, False, "False: measured, 0.83 times the speed"),
+        (400.0, 300.0, True, "for a model in minutes: python train.py --preset nano --data_dir"),
     ],
 )
 def test_compile_auto_decides_by_measured_time(sample_dir, monkeypatch, capsys, eager, compiled, decision, told):

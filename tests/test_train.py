@@ -1,6 +1,7 @@
 """train.py as a user runs it: the run directory, signals, damaged files, and what it refuses."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -23,6 +24,7 @@ from training.data_order import Batches, TrainingData
 from training.learner import Learner, passes_of_step
 from training.machine import Machine
 from training.processes import Processes
+from training.start import fix_length
 from training.step import training_step
 
 
@@ -448,6 +450,16 @@ def test_the_length_of_a_run_in_tokens(tmp_path, sample_dir, mistake):
     assert "epochs and max_tokens both set" in mistake("train.py", *arguments, "--max_tokens", "9", "--epochs", "1", cwd=tmp_path)
 
 
+def test_the_length_of_a_run_in_epochs(sample_dir):
+    """One and a half passes; a warmup that nobody asked for takes at most a tenth of them."""
+    data = TrainingData([DataDirectory(sample_dir)], [None], 32, seed=1)
+    config = TrainConfig(epochs=1.5, batch_size=4, gradient_accumulation_steps=2, warmup_steps=2000)
+    steps = math.ceil(1.5 * data.samples_per_epoch / 8)
+    fixed = fix_length(config, False, data)
+    assert (fixed.max_steps, fixed.warmup_steps) == (steps, steps // 10) and steps // 10 < 2000
+    assert fix_length(config, True, data).warmup_steps == 2000
+
+
 def test_sample_texts_are_logged_and_change_nothing(tmp_path, sample_dir):
     import train
 
@@ -478,7 +490,7 @@ def test_tensorboard_holds_what_metrics_holds(tmp_path, sample_dir, script):
         (["--preset", "huge"], "unknown preset 'huge'; take one of nano"),
         (["--data_dir", "nowhere"], "no data directory at nowhere"),
         (["--n_embd", "100", "--n_head", "6"], "n_embd=100 is not divisible by n_head=6"),
-        (["--block_size", "100000"], "fewer than block_size"),
+        (["--block_size", "100000"], "fewer than block_size + 1 = 100001"),
         (["--vocab_size", "77"], "vocab_size=77, but the data's tokenizer has 512 ids"),
         (["--preset", "nano", "--arch", "qwen3", "--bias"], "bias=True"),
         (["--epochs", "1", "--max_steps", "3"], "--max_steps and --epochs"),
