@@ -19,7 +19,7 @@ from evaluation.recipes import EVALUATE, PREPARE, TRAIN, Flags, Script, StudyRec
 from formats.data_directory import META
 from formats.outputs import peek_json, write_json
 from formats.run_directory import BEST, find_checkpoint
-from formats.scores import SCORES, content_hash
+from formats.scores import SCORES, content_hash, set_name
 from formats.tokenizer import KINDS
 
 TOKENIZER = "bpe"  # unless the recipe says otherwise: a vocabulary of its own pays for small models
@@ -214,9 +214,10 @@ class Planner:
 
     @cached_property
     def set_names(self) -> dict[str, str]:
-        """What evaluate.py is told to read -> its name in the recipe."""
-        texts = {str(self.root / text): str(text) for text in several(self.recipe.evaluation.get("text", []))}
-        return {str(step.directory): name for name, step in self.held_out.items()} | texts
+        """What evaluate.py calls the sets that it is told to read -> their names in the recipe."""
+        way = (self.evaluation.stride, self.evaluation.stream)
+        texts = {set_name(str(self.root / text), "text", *way): str(text) for text in several(self.recipe.evaluation.get("text", []))}
+        return {set_name(str(step.directory), "test", *way): name for name, step in self.held_out.items()} | texts
 
     @cached_property
     def measured_on(self) -> list:
@@ -242,7 +243,7 @@ class Planner:
     def evaluate(self, train: Step) -> Step:
         names = [str(step.directory) for step in self.held_out.values()]
         flags = {"checkpoint": str(train.directory), "data_dir": names, "split": "test"} | self.rooted(self.recipe.evaluation)
-        key = content_hash(EVALUATE, train.key, self.measured_on, self.recipe.evaluation)
+        key = content_hash(EVALUATE, train.key, self.measured_on, self.recipe.evaluation, [*self.set_names])  # scores are found by them
         title = train.title.replace("training", "evaluating", 1)
         return Step(title, self.scripts[EVALUATE], EVALUATE, flags, train.directory, key)
 

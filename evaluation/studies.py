@@ -340,10 +340,10 @@ def _part_of(flags: StudyFlags, planner: Planner, search: Search | None) -> int:
 
 def scores_of(planner: Planner, cells: list[Cell]) -> Variants:
     """What the cells that are done scored on what the recipe names; texts carry the recipe's names. Raises ValueError."""
-    names, tasks, found = planner.set_names.items(), "tasks" in planner.recipe.evaluation, {}
+    tasks, found = "tasks" in planner.recipe.evaluation, {}
     for cell in (cell for cell in cells if cell.done):
-        sets = read_scores(cell.evaluate.directory / SCORES).items()  # maybe also of an earlier recipe
-        texts = {known: scores for path, known in names for name, scores in sets if scores.kind == "text" and name.startswith(path)}
-        done = {name: scores for name, scores in sets if tasks and "correct" in scores.columns}
+        sets = read_scores(cell.evaluate.directory / SCORES)  # maybe also of an earlier recipe
+        texts = {known: sets[name] for name, known in planner.set_names.items() if name in sets}
+        done = {name: scores for name, scores in sets.items() if tasks and "correct" in scores.columns}
         found.setdefault(cell.variant, {})[str(cell.train.directory)] = texts | done
     return found

@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import utils
 
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 
 import compare
+from evaluation.studies import scores_of
 from evaluation.tasks import task_files
 from formats.scores import SCORES, ItemScores, read_scores, write_scores
 from tests.conftest import ROOT
@@ -330,6 +332,32 @@ def test_a_real_study_killed_twice_is_the_undisturbed_one(tmp_path, sample_dir, 
         ours, theirs = read_scores(run / SCORES), read_scores(other / SCORES)
         assert len(ours) == 1 and [one.summary for one in ours.values()] == [one.summary for one in theirs.values()]
     assert len(killed) == 2 and "2 of 2 cells are done" in script("compare.py", *command, cwd=disturbed).stderr
+
+
+def test_a_run_that_was_evaluated_by_hand_as_well(tmp_path):
+    """Scores of other splits, scored in another way, or of a text whose name begins alike, are not taken for the study's own."""
+
+    def scores(bits: float) -> ItemScores:
+        return ItemScores("0" * 64, "1" * 64, "text", {"bits_per_byte": bits}, {"nats": np.ones(3), "bytes": np.ones(3, int)}, "2" * 64)
+
+    names = {"held test": 1.0, "held val": 2.0, "held test stride 8": 3.0, "wiki text": 4.0, "wiki2 text": 5.0}
+    write_scores(tmp_path / SCORES, {name: scores(bits) for name, bits in names.items()})
+    step = SimpleNamespace(directory=tmp_path)
+    set_names = {"held test": "held", "wiki text": "wiki", "wiki2 text": "wiki2"}
+    planner = SimpleNamespace(recipe=SimpleNamespace(evaluation={}), set_names=set_names)
+    found = scores_of(planner, [SimpleNamespace(done=True, variant="a", evaluate=step, train=step)])
+    bits = {name: one.summary["bits_per_byte"] for name, one in found["a"][str(tmp_path)].items()}
+    assert bits == {"held": 1.0, "wiki": 4.0, "wiki2": 5.0}
+
+
+def test_a_study_in_a_folder_of_another_name_evaluates_again(study, tmp_path):
+    """Scores carry the names of what was read, so those of the new name have to be there. Nothing is trained again."""
+    change("seeds = [1, 2]", "seeds = [1]")
+    assert study("--out_dir", "s")[0] == 0
+    diary(study)
+    assert study("--out_dir", tmp_path / "s")[0] == 0
+    assert [line.split()[0] for line in diary(study)] == ["evaluate", "evaluate"]
+    assert study("--out_dir", tmp_path / "s")[0] == 0 and diary(study) == []
 
 
 # ---------------------------------------------------------------- recipes
