@@ -199,6 +199,9 @@ def test_runs_equal_but_for_their_seeds_are_one_variant(runs):
     assert notes == []
     variants, _ = group_runs([f"x={runs}/bad/1,{runs}/good_seed2", f"y={runs}/bad/3", f"{runs}/bad/2"])
     assert [*variants] == ["x", "y", f"{runs}/bad/2"] and len(variants["x"]) == 2
+    run = f"{runs}/bad/2"
+    variants, _ = group_runs([f"{run}={runs}/bad/1", run])  # a name that is a run's too
+    assert [*variants] == [run, f"{run}/best_model.pt"]
 
 
 @pytest.mark.parametrize(
@@ -323,6 +326,8 @@ def test_runs_that_cannot_be_compared(runs, sample_dir, tmp_path, mistake):
     [
         (["a"], "two or more runs"),
         (["a", "a"], "named twice"),
+        (["a", "b", "--data_dir", "d", "./d/"], "named twice"),
+        (["--recipe", "r.toml", "--output", "o", "--split", "val"], "--split, --output: a study doesn't read them"),
         (["a", "b", "--split", "x"], "choice 'x'"),
         (["a", "b"], "no data directory"),
     ],
