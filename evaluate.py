@@ -129,6 +129,14 @@ def read_sets(args: Arguments, tokenizer: TextTokenizer) -> dict[tuple[str, str]
     return sets | {(name, "text"): read_text(name, args.form, tokenizer) for name in args.text}
 
 
+def tell_unused(args: Arguments, held_out: bool) -> None:
+    """Name the flags that change nothing here. held_out: whether held-out text is scored."""
+    kinds = {"--data_dir or --text": [] if held_out else ["positions", "stride", "stream"], "--tasks": [] if args.tasks else ["task_data"]}
+    for owner, names in kinds.items():
+        if given := [f"--{name}" for name in names if getattr(args, name) != getattr(Arguments, name)]:
+            notice(f"{' and '.join(given)} changed nothing, for there is no {owner}")
+
+
 def loss_by_position(positions: list[list[float]]) -> list[dict]:
     """Mean loss in ranges of positions that double: {"from", "to", "loss", "tokens"}, empty ranges left out."""
     rows, start = [], 0
@@ -244,6 +252,7 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(task_table(task_scores)))
     if drawn:
         print_samples(measured)
+    tell_unused(args, bool(sets))
     notice(f"written to {output}, with {' and '.join(beside)} beside it")
     return 0 if honest else 1
 

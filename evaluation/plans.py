@@ -90,11 +90,16 @@ class Step:
         """What was recorded when this very call had ended well, None if it hasn't yet."""
         record = peek_json(self.record)
         there = isinstance(record, dict) and record.get("key") == self.key and self.product.is_file()
-        return record if there else None
+        return record if there and record.get("scores") == self.scores() else None
+
+    def scores(self) -> str | None:
+        """Hash of an evaluation's scores: evaluate.py may be called by hand, also for another checkpoint of the run."""
+        return content_hash(self.product.read_bytes()) if self.name == EVALUATE else None
 
     def write_record(self, seconds: float, share: float) -> None:
         """Record that this call has ended well. seconds, share: how long it took, and how much of a training it did."""
-        write_json(self.record, {"key": self.key, "command": str(self), "seconds": round(seconds, 2), "share": round(share, 4)})
+        record = {"key": self.key, "command": str(self), "seconds": round(seconds, 2), "share": round(share, 4)}
+        write_json(self.record, record | ({"scores": scores} if (scores := self.scores()) else {}))
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,14 @@ def test_few_seeds_give_no_verdict_on_the_data(n_runs, effect, part):
     assert expected in finding.verdict
 
 
+@pytest.mark.parametrize(("n_runs", "items"), [(1, 20), (2, 20), (2, 1), (3, 20)])
+def test_no_difference_is_no_advantage(n_runs, items):
+    (variant,) = study({"a": 0.0}, n_runs, items=items).values()
+    same = {name: {f"{name}{i}": sets for i, sets in enumerate(variant.values())} for name in "ab"}
+    (finding,) = compare_variants(same).findings
+    assert finding.difference == 0 and "better" not in finding.verdict and "-0.0000" not in finding.verdict
+
+
 def test_one_document_says_nothing_about_chance():
     comparison = compare_variants(study({"a": 0.0, "b": 0.1}, items=1))
     finding = comparison.findings[0]

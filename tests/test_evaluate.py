@@ -275,6 +275,13 @@ def test_another_way_to_score_takes_no_usual_score_s_place(trained_run, sample_d
     assert len({part.summary["loss"] for part in scores.values()}) == 3
 
 
+def test_flags_that_change_nothing_are_told(trained_run, tmp_path, capsys):
+    evaluate(trained_run, "--samples", 1, "--sample_tokens", 3, "--positions", "--task_data", "d", output=tmp_path / "out.json")
+    told = capsys.readouterr().err
+    assert "--positions changed nothing, for there is no --data_dir or --text" in told
+    assert "--task_data changed nothing, for there is no --tasks" in told
+
+
 def test_mistakes_are_found_before_the_work_begins(trained_run, sample_dir, mistake, tmp_path, monkeypatch):
     for work in ("Scorer.score", "samples.draw_samples", "run_tasks"):
         monkeypatch.setattr(f"evaluate.{work}", None)

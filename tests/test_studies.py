@@ -350,6 +350,16 @@ def test_a_run_that_was_evaluated_by_hand_as_well(tmp_path):
     assert bits == {"held": 1.0, "wiki": 4.0, "wiki2": 5.0}
 
 
+def test_another_checkpoint_s_scores_are_not_the_run_s(study):
+    """evaluate.py, called by hand for another checkpoint of a run, replaces the run's scores."""
+    change("seeds = [1, 2]", "seeds = [1]")
+    study()
+    diary(study)
+    scores = next(Path("studies/r/runs").glob(f"plain*/{SCORES}"))
+    write_scores(scores, {})
+    assert study()[0] == 0 and len(diary(study)) == 1 and read_scores(scores)
+
+
 def test_a_study_in_a_folder_of_another_name_evaluates_again(study, tmp_path):
     """Scores carry the names of what was read, so those of the new name have to be there. Nothing is trained again."""
     change("seeds = [1, 2]", "seeds = [1]")
@@ -371,6 +381,8 @@ def test_a_study_in_a_folder_of_another_name_evaluates_again(study, tmp_path):
         ("seeds = [1, 2]", "seed = [1, 2]", "r.toml: [study] has an unknown key 'seed'; did you mean 'seeds'?"),
         ("seeds = [1, 2]", "seeds = [1, -2]", "[study] seeds=-2 must be at least 0"),
         ("seeds = [1, 2]", "seeds = [1, 1]", "seeds are given twice"),
+        ("seeds = [1, 2]", "seeds = []", "[study] seeds is empty; give it a value"),
+        ("seeds = [1, 2]", "seeds = ['x']", "[study] seeds='x' must be a valid integer\n"),
         ("shuffle_words", "shufle_words", "[variants.shuffled] has an unknown key 'shufle_words'; did you mean 'shuffle_words'?"),
         ("shuffle_words = 0.5", "shuffle_words = 1.5", "[variants.shuffled]: shuffle_words=1.5 must be at most 1"),
         ("shuffle_words = 0.5", "shuffle_words = {a = 1}", "must be a text, number, true, false, or a list"),
