@@ -58,11 +58,15 @@ class Arguments(Checked):
 
     def problems(self) -> list[str]:
         problems = []
+        of_runs = ("data_dir", "split", "max_documents", "batch_size", "verify_data", "device", "output")
+        given = [f"--{name}" for name in of_runs if getattr(self, name) != getattr(Arguments, name)]
         if self.study.recipe is not None and self.runs:
             problems.append("give runs or a --recipe, not both")
+        elif self.study.recipe is not None and given:
+            problems.append(f"{', '.join(given)}: a study doesn't read them; its recipe says all, and --out_dir where it is written")
         elif self.study.recipe is None and len(self.runs) < 2:
             problems.append("give two or more runs to compare")
-        if len(set(self.runs)) < len(self.runs) or len(set(self.data_dir)) < len(self.data_dir):
+        if len(set(self.runs)) < len(self.runs) or len(set(map(Path, self.data_dir))) < len(self.data_dir):
             problems.append("a run or data directory is named twice; name each once")
         if not self.data_dir:
             problems.append("--data_dir needs a directory whose documents are read")

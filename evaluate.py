@@ -22,11 +22,12 @@ from evaluation.held_out import HeldOut, Scorer, from_directory, from_texts
 from evaluation.plots import draw_evaluation
 from evaluation.report import print_positions, print_results, print_samples
 from evaluation.task_scores import run_tasks, task_table
-from evaluation.tasks import DATA, find_tasks
+from evaluation.tasks import DATA, Task, find_tasks
 from formats.data_directory import DataDirectory
 from formats.outputs import output_file, write_json
 from formats.run_directory import EVALUATION, find_checkpoint, load_model
-from formats.scores import ItemScores, read_known, write_scores
+from formats.schemas import read_file
+from formats.scores import ItemScores, read_known, set_name, write_scores
 from formats.tokenizer import TextTokenizer
 from models import GPT
 from preparation import sample_tasks
@@ -34,6 +35,8 @@ from preparation.sample_corpus import GRAMMAR_PATH, load_grammar
 from preparation.sources import Format, find_files
 
 DETAILS = ("positions", "calibration")  # of a set: for pictures
+FURTHER = {"tasks", "samples"}  # parts of the results beside those of data directories and texts
+KINDS = {".png": "evaluation picture", ".npz": "table of scores", ".samples.txt": "list of samples"}  # what lies beside them
 
 
 @dataclass(frozen=True)
@@ -84,8 +87,13 @@ class Arguments(Checked):
 
     def problems(self) -> list[str]:
         problems = [] if self.split else ["--split needs a value: train, val or test"]
-        if not self.samples and (self.prompts or self.judge or self.train_data):
-            problems.append("--prompts, --judge and --train_data belong to --samples; say how many, e.g. --samples 100")
+        of_samples = ("prompts", "sample_tokens", "temperature", "seed", "judge", "train_data")
+        if given := [] if self.samples else [f"--{name}" for name in of_samples if getattr(self, name) != getattr(Arguments, name)]:
+            problems.append(f"only --samples needs {', '.join(given)}; say how many, e.g. --samples 100")
+        if self.output is not None and Path(self.output).suffix in KINDS:
+            problems.append(f"--output={self.output} names what is written beside the results; give it another ending, e.g. .json")
+        if named := FURTHER & {*self.data_dir, *self.text}:
+            problems.append(f"the results have a part called {', '.join(named)} already; write ./{min(named)}")
         return problems
 
 
@@ -114,6 +122,21 @@ def read_directory(args: Arguments, tokenizer: TextTokenizer, name: str) -> dict
     return {split: from_directory(data, split) for split in asked if split in data.splits}
 
 
+def read_sets(args: Arguments, tokenizer: TextTokenizer) -> dict[tuple[str, str], HeldOut]:
+    """What is to be scored, by (name, split). Raises ValueError, FileNotFoundError."""
+    names = args.data_dir or (() if args.text or args.tasks or args.samples else ("./data",))
+    sets = {(name, split): held_out for name in names for split, held_out in read_directory(args, tokenizer, name).items()}
+    return sets | {(name, "text"): read_text(name, args.form, tokenizer) for name in args.text}
+
+
+def tell_unused(args: Arguments, held_out: bool) -> None:
+    """Name the flags that change nothing here. held_out: whether held-out text is scored."""
+    kinds = {"--data_dir or --text": [] if held_out else ["positions", "stride", "stream"], "--tasks": [] if args.tasks else ["task_data"]}
+    for owner, names in kinds.items():
+        if given := [f"--{name}" for name in names if getattr(args, name) != getattr(Arguments, name)]:
+            notice(f"{' and '.join(given)} changed nothing, for there is no {owner}")
+
+
 def loss_by_position(positions: list[list[float]]) -> list[dict]:
     """Mean loss in ranges of positions that double: {"from", "to", "loss", "tokens"}, empty ranges left out."""
     rows, start = [], 0
@@ -133,6 +156,8 @@ def training_data(args: Arguments, tokenizer: TextTokenizer, content: dict) -> l
         try:
             data = DataDirectory(name, tokenizer)
             data.check_tokenizer(tokenizer, "the model", "tokenizer.json (the model's run directory holds one)")
+            for split in ("train", *samples.beside(data)):
+                data.tokens(split)
             found.append(data)
         except (ValueError, FileNotFoundError) as error:
             if args.train_data:
@@ -141,25 +166,34 @@ def training_data(args: Arguments, tokenizer: TextTokenizer, content: dict) -> l
     return found
 
 
-def evaluate_tasks(args: Arguments, scorer: Scorer, known: dict[str, ItemScores]) -> dict[str, ItemScores]:
-    """The scores of --tasks by their names. Raises ValueError, FileNotFoundError."""
-    tasks, foreign = find_tasks(args.tasks, Path(args.task_data), sample_tasks.MADE)
-    options = (scorer.hash, known, args.batch_size)
-    scores = run_tasks(scorer.model, scorer.tokenizer, tasks, *options)
-    if foreign:
+def evaluate_tasks(
+    args: Arguments, scorer: Scorer, known: dict[str, ItemScores], tasks: list[Task], foreign: list[str]
+) -> dict[str, ItemScores]:
+    """The scores of tasks, and of `foreign` ones that lm-evaluation-harness knows, by their names. Raises ValueError."""
+    options, found = (scorer.hash, known, args.batch_size), {}
+    if foreign:  # first: what it can't load or score is only known by trying
         from evaluation.lm_harness import run_harness_tasks  # an optional package
 
-        scores |= run_harness_tasks(scorer.model, scorer.tokenizer, foreign, *options)
-    return scores
+        found = run_harness_tasks(scorer.model, scorer.tokenizer, foreign, *options)
+        if both := sorted(found.keys() & {task.name for task in tasks}):
+            raise ValueError(f"{', '.join(both)} is a task here and in lm-evaluation-harness; score them in two calls, with two --output")
+    return run_tasks(scorer.model, scorer.tokenizer, tasks, *options) | found
 
 
-def evaluate_samples(args: Arguments, model: GPT, tokenizer: TextTokenizer, content: dict, path: Path) -> dict:
-    """Let the model write, measure it, keep the texts at `path`. Raises ValueError, FileNotFoundError."""
-    prompts = [""]
-    if args.prompts is not None:
-        prompts = [line for line in Path(args.prompts).read_text(encoding="utf-8").splitlines() if line]
-        if not prompts:
-            raise ValueError(f"{args.prompts} holds no prompts; write one on each line")
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a file that aren't empty. Raises FileNotFoundError, ValueError."""
+    try:
+        prompts = [line for line in read_file(path).decode().splitlines() if line]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} has bytes that are not UTF-8 ({error}); convert it first") from None
+    if not prompts:
+        raise ValueError(f"{path} holds no prompts; write one on each line")
+    return prompts
+
+
+def evaluate_samples(args: Arguments, model: GPT, tokenizer: TextTokenizer, content: dict) -> tuple[dict, list[samples.Sample]]:
+    """Let the model write, and measure it: the measures and the texts. Raises ValueError, FileNotFoundError."""
+    prompts = [""] if args.prompts is None else read_prompts(Path(args.prompts))
     judge = None if args.judge is None else load_model(args.judge, str(model.device))
     directories = training_data(args, tokenizer, content)
     longest = args.sample_tokens or model.config.block_size
@@ -168,13 +202,11 @@ def evaluate_samples(args: Arguments, model: GPT, tokenizer: TextTokenizer, cont
     if directories:
         result["in_training"] = samples.shared_with_training([sample.ids for sample in drawn], directories)
     if judge is not None:
-        result["judge"] = samples.judged(drawn, *judge[:2])
+        result["judge"] = samples.judged(drawn, *judge[:3])
     grammar = hashlib.sha256(GRAMMAR_PATH.read_bytes()).hexdigest()
     if any(((data.meta or {}).get("sample") or {}).get("grammar_sha256") == grammar for data in directories):
         result["grammar"] = samples.from_the_grammar(drawn, load_grammar().log2_probability)
-    heading = f"{len(drawn)} texts by {args.checkpoint}, temperature {args.temperature:g}, seed {args.seed} (evaluate.py --samples)"
-    samples.write_samples(path, drawn, heading)
-    return result
+    return result, drawn
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -183,40 +215,44 @@ def main(argv: list[str] | None = None) -> int:
     name = str(path.parent / EVALUATION) if args.output is None else args.output
     read = [path, *texts, *map(Path, filter(None, [args.prompts]))]
     output = output_file(name, "evaluation", read)
-    kinds = {".png": "evaluation picture", ".npz": "table of scores", ".samples.txt": "list of samples"}
-    picture, scores_path, texts_path = (output_file(str(output.with_suffix(suffix)), kind, read) for suffix, kind in kinds.items())
-    model, tokenizer, _, content = load_model(str(path), choose_device(args.device))
+    picture, scores_path, texts_path = (output_file(str(output.with_suffix(suffix)), kind, read) for suffix, kind in KINDS.items())
     known = read_known(scores_path)
+    tasks, foreign = find_tasks(args.tasks, Path(args.task_data), sample_tasks.MADE)
+    model, tokenizer, _, content = load_model(str(path), choose_device(args.device))
     scorer = Scorer(model, tokenizer, args.checkpoint, known.values(), args.batch_size, args.stride, args.stream)
-    tasks = evaluate_tasks(args, scorer, known) if args.tasks else {}
-    sets: dict[tuple[str, str], ItemScores] = {}
-    for name in args.data_dir or (() if args.text or args.tasks or args.samples else ("./data",)):
-        sets |= {(name, split): scorer.score(held_out) for split, held_out in read_directory(args, tokenizer, name).items()}
-    sets |= {(name, "text"): scorer.score(read_text(name, args.form, tokenizer)) for name in args.text}
+    held_out = read_sets(args, tokenizer)  # all that can be wrong is read before the work begins
+    measured, drawn = evaluate_samples(args, model, tokenizer, content) if args.samples else ({}, [])
+    task_scores = evaluate_tasks(args, scorer, known, tasks, foreign)
+    sets = {key: scorer.score(documents) for key, documents in held_out.items()}
     results: dict[str, dict[str, dict]] = {}
     for (name, split), scores in sets.items():
         shown = {key: value for key, value in scores.summary.items() if key not in DETAILS}
         shown |= {"loss_by_position": loss_by_position(scores.summary["positions"])} if args.positions else {}
         results.setdefault(name, {})[split] = shown
-    further = {"tasks": {name: scores.summary for name, scores in tasks.items()}} if tasks else {}
-    if args.samples:
-        further["samples"] = {args.checkpoint: evaluate_samples(args, model, tokenizer, content, texts_path)}
+    further = {"tasks": {name: scores.summary for name, scores in task_scores.items()}} if task_scores else {}
+    further |= {"samples": {args.checkpoint: measured}} if drawn else {}
     write_json(output, results | further)  # first: who reads what is printed may have gone
-    beside = [texts_path.name] * bool(args.samples)
-    if sets or tasks:
+    beside = []
+    if drawn:
+        heading = f"{len(drawn)} texts by {args.checkpoint}, temperature {args.temperature:g}, seed {args.seed} (evaluate.py --samples)"
+        samples.write_samples(texts_path, drawn, heading)
+        beside.append(texts_path.name)
+    if sets or task_scores:
         kept = {name: scores for name, scores in known.items() if scores.model == scorer.hash}
-        write_scores(scores_path, kept | {" ".join(name): scores for name, scores in sets.items()} | tasks)
+        named = {set_name(*key, args.stride, args.stream): scores for key, scores in sets.items()}
+        write_scores(scores_path, kept | named | task_scores)
         beside.append(scores_path.name)
     if sets:
-        draw_evaluation(picture, {" ".join(name): scores.summary for name, scores in sets.items()})
+        draw_evaluation(picture, {" ".join(key): scores.summary for key, scores in sets.items()})
         beside.append(picture.name)
     honest = print_results(results) if results else True
     if args.positions:
         print_positions(results)
-    if tasks:
-        print("\n".join(task_table(tasks)))
-    if args.samples:
-        print_samples(*further["samples"].values())
+    if task_scores:
+        print("\n".join(task_table(task_scores)))
+    if drawn:
+        print_samples(measured)
+    tell_unused(args, bool(sets))
     notice(f"written to {output}, with {' and '.join(beside)} beside it")
     return 0 if honest else 1
 

@@ -155,6 +155,9 @@ class Checked:
                 if kind in OF_STRINGS:
                     problems.append(OF_STRINGS[kind].format(name, value))
                     continue
+                if kind == "too_short":  # also said of values of which one is wrong
+                    problems += [] if value else [f"{name} is empty; give it a value"]
+                    continue
                 phrase = problem["msg"].removeprefix("Input should be ").replace("greater than or equal to", "at least")
                 wanted.setdefault(f"{name}={value!r}", []).append(phrase.replace("less than or equal to", "at most"))
         problems += [f"{what} must be {' or '.join(phrases)}" for what, phrases in wanted.items()]

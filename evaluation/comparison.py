@@ -105,7 +105,7 @@ def _columns(name: str, scores: dict[str, ItemScores]) -> _Columns:
 def as_text(value: float, scale: float) -> str:
     """A number with as many digits as a difference of size `scale` needs to be told to about two."""
     digits = 4 if scale <= 0 else min(8, max(2, 1 - math.floor(math.log10(scale))))
-    return f"{value:.{digits}f}"
+    return f"{value:z.{digits}f}"  # z: no minus before zeros
 
 
 def _amount(finding: Finding, unit: str) -> str:
@@ -137,8 +137,9 @@ def _verdict(finding: Finding, unit: str, found: Difference | None, level: float
     """The sentence of a finding whose numbers are there. level: at which p is judged, after Holm's correction."""
     better, worse = (finding.first, finding.second)[:: -1 if finding.difference < 0 else 1]
     by = _amount(finding, unit)
+    came_out = f"{better} came out better than {worse} by {by}" if finding.difference else f"{better} and {worse} came out alike"
     if found is None:
-        return f"{better} is better than {worse} by {by} on the one item there is, which says nothing about chance"
+        return f"{came_out} on the one item there is, which says nothing about chance"
     fewest = min(found.n_runs)
     if fewest == 1:
         better_model = f"the model of {better} is better than that of {worse} by {by}"
@@ -147,7 +148,7 @@ def _verdict(finding: Finding, unit: str, found: Difference | None, level: float
         return f"{better_model if finding.corrected_p < LEVEL else alike}; {only}"
     if fewest < ENOUGH_SEEDS:
         counts = " and ".join(map(str, sorted(set(found.n_runs))))
-        return f"{better} came out better than {worse} by {by}, but {counts} seeds are too few for a verdict; train {ENOUGH_SEEDS} of each"
+        return f"{came_out}, but {counts} seeds are too few for a verdict; train {ENOUGH_SEEDS} of each"
     if finding.clear:
         return f"{better} is better than {worse} by {by}"
     alone = f"; p = {finding.p:.2g} before the correction" if finding.p < LEVEL else ""

@@ -92,7 +92,7 @@ def compare_with_entropy(bits: np.ndarray, entropy: list[float], n_bytes: int) -
 def measure(held_out: HeldOut, tokenizer: TextTokenizer, score: Score, ends: np.ndarray) -> tuple[dict, dict[str, np.ndarray]]:
     """All measures of a set of documents, as evaluation.json has them, and the scores of each document (documents,)."""
     nats, tokens = per_document(score.nats, ends), np.diff(ends, prepend=0)
-    reason = why_no_bits_per_byte(tokenizer, held_out.tokens)
+    reason = why_no_bits_per_byte(tokenizer, held_out.tokens) or (None if held_out.n_bytes else "the documents are empty")
     result = summarize(score, None if reason else held_out.n_bytes)
     interval = {"loss_interval": ratio_interval(nats, tokens)}
     if reason is None:
@@ -125,14 +125,8 @@ class Scorer:
     ):
         if stride is not None and stride > model.config.block_size:
             raise ValueError(f"stride={stride} is above the model's block_size={model.config.block_size}; then tokens would be left out")
-        self.model, self.tokenizer, self.name, self.batch_size, self.stride, self.stream = (
-            model,
-            tokenizer,
-            name,
-            batch_size,
-            stride,
-            stream,
-        )
+        self.model, self.tokenizer, self.name = model, tokenizer, name
+        self.batch_size, self.stride, self.stream = batch_size, stride, stream
         self.hash = model_hash(model, tokenizer)
         self.known = {scores.key: scores for scores in known}
 

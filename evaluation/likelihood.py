@@ -113,7 +113,7 @@ def pick(model: GPT, features: Tensor, rows: list[int], targets: list[int]) -> t
     return nats.numpy(), hits.numpy()
 
 
-class Scorer:
+class WindowScorer:
     """Adds up what the windows of requests predict. nats: (N,) float64, log-probability so far. greedy: (N,) bool."""
 
     def __init__(self, model: GPT, requests: int):
@@ -167,7 +167,7 @@ def log_likelihoods(model: GPT, requests: Sequence[Request], batch_size: int = 3
     """
     if not all(context and continuation for context, continuation in requests):
         raise ValueError("a context and its continuation need at least one token each")
-    scorer = Scorer(model, len(requests))
+    scorer = WindowScorer(model, len(requests))
     tokens = np.array([len(continuation) for _, continuation in requests], np.int64)
     found = [window for i, request in enumerate(requests) for window in windows(i, *request, model.config.block_size)]
     with tqdm(total=len(found), desc=bar, unit="text", disable=None if bar else True, leave=False) as progress:

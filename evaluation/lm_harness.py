@@ -8,10 +8,11 @@ Its command line with our model, which is called slm there:
 import contextlib
 import functools
 import json
+import math
 import sys
 from importlib.metadata import version
 
-from utils import choose_device
+from utils import choose_device, notice
 
 import numpy as np
 from lm_eval.api.instance import Instance
@@ -118,7 +119,10 @@ def load_tasks(names: list, manager: TaskManager) -> dict[str, HarnessTask]:
         return manager.load(names)["tasks"]
     except Exception as error:  # the harness, `datasets` and the hub raise a dozen kinds
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"lm-evaluation-harness can't load {', '.join(map(str, names))} ({type(error).__name__}: {reason})") from None
+        asked = ", ".join(map(str, names))
+        raise ValueError(
+            f"{asked}: no task in tasks/, and lm-evaluation-harness can't load it ({type(error).__name__}: {reason}); see docs/tasks.md"
+        ) from None
 
 
 def items_hash(task: HarnessTask) -> str:
@@ -133,7 +137,11 @@ def summarize_samples(task: HarnessTask, samples: list[dict], results: dict) -> 
     for name in samples[0]["metrics"]:
         title, value = ACCURACIES.get(name, name), next(value for key, value in results.items() if key.split(",")[0] == name)
         numbers = [sample[name] for sample in samples]
-        if all(isinstance(number, int | float) for number in numbers):
+        if not math.isfinite(value):
+            notice(f"warning: {task.config.task}: lm-evaluation-harness's {name} is {value}, no number; it is left out")
+            measures[title] = {"value": None, "low": None, "high": None}
+            continue
+        if all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
             values = columns[COLUMNS.get(name, name)] = np.array(numbers, float)
             if np.isclose(values.mean(), value):
                 beside = {"chance": float(np.mean([1 / n for n in choices]))} if name in ACCURACIES and min(choices) > 1 else {}

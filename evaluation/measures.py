@@ -96,8 +96,8 @@ def predictions(model: GPT, features: Tensor, targets: Tensor) -> np.ndarray:
         total = logits.logsumexp(dim=-1, keepdim=True)
         highest, best = logits.max(dim=-1, keepdim=True)
         among_top = (logits >= chosen).sum(dim=-1) <= TOP  # a token that ties with many isn't among them
-        parts.append(torch.stack([(total - chosen)[:, 0], best[:, 0] == target, among_top, (highest - total).exp()[:, 0]]).double())
-    return torch.cat(parts, dim=1).cpu().numpy()
+        parts.append(torch.stack([(total - chosen)[:, 0], best[:, 0] == target, among_top, (highest - total).exp()[:, 0]]))
+    return torch.cat(parts, dim=1).cpu().double().numpy()  # not every device has float64
 
 
 @torch.inference_mode()
@@ -164,17 +164,17 @@ def summarize(score: Score, n_bytes: int | None) -> dict[str, float | None]:
 
 
 def ratio_interval(values: np.ndarray, weights: np.ndarray) -> tuple[float, float] | None:
-    """95% interval of sum(values) / sum(weights) over documents, both (documents,); None for fewer than ten.
+    """95% interval of sum(values) / sum(weights) over documents, both (documents,); None for fewer than ten with a weight above 0.
 
     The percentile bootstrap over documents (Efron and Tibshirani 1993): how the ratio would vary with other documents of the same kind.
     """
     from scipy.stats import bootstrap  # takes half a second to import
 
-    if len(values) < FEWEST_DOCUMENTS:
+    if np.count_nonzero(weights) < FEWEST_DOCUMENTS:
         return None
 
     def ratio(values: np.ndarray, weights: np.ndarray, axis: int) -> np.ndarray:
-        return values.sum(axis=axis) / weights.sum(axis=axis)
+        return values.sum(axis=axis) / np.maximum(weights.sum(axis=axis), 1)  # 0 where only empty documents were drawn
 
     batch = max(1, 2**22 // len(values))
     options = {"paired": True, "vectorized": True, "method": "percentile", "n_resamples": RESAMPLES, "batch": batch}

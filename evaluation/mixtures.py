@@ -148,12 +148,13 @@ class Search:
 
     def loss(self, cell: Cell) -> float:
         """Mean bits per byte of a cell that is done over the target's held-out sets. Raises ValueError where one has no scores."""
-        sets, held_out, found = read_scores(cell.evaluate.directory / SCORES), self.planner.held_out, []
-        for name in self.planner.recipe.mixture.target or held_out:
-            mine = [scores for label, scores in sets.items() if label.startswith(str(held_out[name].directory)) and scores.kind == "text"]
-            if not mine:
+        sets, found = read_scores(cell.evaluate.directory / SCORES), []
+        labels = {known: label for label, known in self.planner.set_names.items()}
+        for name in self.planner.recipe.mixture.target or self.planner.held_out:
+            if labels[name] not in sets:
                 raise ValueError(f"{cell.evaluate.directory / SCORES} has no scores of {name}; delete it, and start again")
-            found += [scores.columns["nats"].sum() / math.log(2) / scores.columns["bytes"].sum() for scores in mine]
+            columns = sets[labels[name]].columns
+            found.append(columns["nats"].sum() / math.log(2) / columns["bytes"].sum())
         return float(np.mean(found))
 
     def predict(self) -> "Prediction":

@@ -19,7 +19,7 @@ from evaluation.recipes import EVALUATE, PREPARE, TRAIN, Flags, Script, StudyRec
 from formats.data_directory import META
 from formats.outputs import peek_json, write_json
 from formats.run_directory import BEST, find_checkpoint
-from formats.scores import SCORES, content_hash
+from formats.scores import SCORES, content_hash, set_name
 from formats.tokenizer import KINDS
 
 TOKENIZER = "bpe"  # unless the recipe says otherwise: a vocabulary of its own pays for small models
@@ -90,11 +90,16 @@ class Step:
         """What was recorded when this very call had ended well, None if it hasn't yet."""
         record = peek_json(self.record)
         there = isinstance(record, dict) and record.get("key") == self.key and self.product.is_file()
-        return record if there else None
+        return record if there and record.get("scores") == self.scores() else None
+
+    def scores(self) -> str | None:
+        """Hash of an evaluation's scores: evaluate.py may be called by hand, also for another checkpoint of the run."""
+        return content_hash(self.product.read_bytes()) if self.name == EVALUATE else None
 
     def write_record(self, seconds: float, share: float) -> None:
         """Record that this call has ended well. seconds, share: how long it took, and how much of a training it did."""
-        write_json(self.record, {"key": self.key, "command": str(self), "seconds": round(seconds, 2), "share": round(share, 4)})
+        record = {"key": self.key, "command": str(self), "seconds": round(seconds, 2), "share": round(share, 4)}
+        write_json(self.record, record | ({"scores": scores} if (scores := self.scores()) else {}))
 
 
 @dataclass(frozen=True)
@@ -214,9 +219,10 @@ class Planner:
 
     @cached_property
     def set_names(self) -> dict[str, str]:
-        """What evaluate.py is told to read -> its name in the recipe."""
-        texts = {str(self.root / text): str(text) for text in several(self.recipe.evaluation.get("text", []))}
-        return {str(step.directory): name for name, step in self.held_out.items()} | texts
+        """What evaluate.py calls the sets that it is told to read -> their names in the recipe."""
+        way = (self.evaluation.stride, self.evaluation.stream)
+        texts = {set_name(str(self.root / text), "text", *way): str(text) for text in several(self.recipe.evaluation.get("text", []))}
+        return {set_name(str(step.directory), "test", *way): name for name, step in self.held_out.items()} | texts
 
     @cached_property
     def measured_on(self) -> list:
@@ -242,7 +248,7 @@ class Planner:
     def evaluate(self, train: Step) -> Step:
         names = [str(step.directory) for step in self.held_out.values()]
         flags = {"checkpoint": str(train.directory), "data_dir": names, "split": "test"} | self.rooted(self.recipe.evaluation)
-        key = content_hash(EVALUATE, train.key, self.measured_on, self.recipe.evaluation)
+        key = content_hash(EVALUATE, train.key, self.measured_on, self.recipe.evaluation, [*self.set_names])  # scores are found by them
         title = train.title.replace("training", "evaluating", 1)
         return Step(title, self.scripts[EVALUATE], EVALUATE, flags, train.directory, key)
 

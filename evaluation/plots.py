@@ -23,7 +23,9 @@ def draw_evaluation(path: Path, summaries: dict[str, dict]) -> None:
     for name, summary in summaries.items():
         fewest = max(FEWEST, FEWEST_SHARE * sum(row[0] for row in summary["calibration"]))
         points = [(confidence / count, hits / count) for count, confidence, hits in summary["calibration"] if count >= fewest]
-        reliability.plot(*(zip(*points) if points else ([], [])), marker="o", markersize=3, label=f"{name} (error {summary['calibration_error']:.3f})")
+        reliability.plot(
+            *(zip(*points) if points else ([], [])), marker="o", markersize=3, label=f"{name} (error {summary['calibration_error']:.3f})"
+        )
         steps = [(i + 1, nats / count) for i, (count, nats) in enumerate(summary["positions"]) if count]
         positions.plot(*zip(*smoothed(steps)), linewidth=1.2, label=name)
     reliability.set(xlabel="probability of the most probable token", ylabel="how often it was right", title="calibration")

@@ -25,7 +25,7 @@ def print_results(results: dict[str, dict[str, dict]]) -> bool:
         if "bits_per_byte_reason" in r:
             notes.append(f"{name} {split}: no bits per byte, {r['bits_per_byte_reason']}")
         elif r["bits_per_byte_interval"] is None:
-            notes.append(f"{name} {split}: no interval, {r['documents']} documents are too few to tell how much they vary")
+            notes.append(f"{name} {split}: no interval, there are too few documents to tell how much they vary")
         above, error = r.get("above_entropy_bits_per_story"), r.get("above_entropy_standard_error")
         if error is not None and above < -LEAK_STANDARD_ERRORS * error:
             wrong = f"{-above:.3f} bits a story below a perfect model (standard error {error:.3f})"
@@ -58,6 +58,8 @@ def print_samples(r: dict) -> None:
         print(f"  {n:>2} tokens in a row also stand in the training data: {percent(shares['samples'])} {real}")
     if "judge" in r:
         print(f"  perplexity by the judge    {r['judge']['perplexity']:.3f}, {number(r['judge']['bits_per_byte'], 4)} bits/byte")
+        if "bits_per_byte_reason" in r["judge"]:
+            notice(f"no bits per byte by the judge, {r['judge']['bits_per_byte_reason']}")
     if "grammar" in r:
         bits = number(r["grammar"]["bits_per_story"], 1)
         print(f"  could be the grammar's     {percent(r['grammar']['share'])}, {bits} bits a story under it")

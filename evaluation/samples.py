@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from evaluation.held_out import from_texts
-from evaluation.measures import score_tokens
+from evaluation.measures import check_finite, score_tokens, why_no_bits_per_byte
 from formats.data_directory import DataDirectory
 from formats.outputs import write_text
 from formats.tokenizer import TextTokenizer
@@ -45,7 +45,7 @@ def draw_samples(
 ) -> list[Sample]:
     """`count` texts, shared out evenly among the prompts, each up to its EOT or max_new_tokens; a pure function of the seed on a CPU."""
     samples = []
-    with tqdm(total=count, desc="writing", unit="text", leave=False) as bar:
+    with tqdm(total=count, desc="writing", unit="text", disable=None, leave=False) as bar:
         for number, prompt in enumerate(prompts):
             wanted = count // len(prompts) + (number < count % len(prompts))
             start = encode_prompt(tokenizer, prompt, model.config.block_size)
@@ -132,7 +132,7 @@ def shared_with_training(texts: list[list[int]], directories: list[DataDirectory
     held_out = [row for directory in directories for row in documents_of(directory)]
     result = {}
     total = len(MEMORISED) * sum(len(directory.tokens("train")) for directory in directories)
-    with tqdm(total=total, desc="looking through the training data", unit="token", unit_scale=True, leave=False) as bar:
+    with tqdm(total=total, desc="looking through the training data", unit="token", unit_scale=True, disable=None, leave=False) as bar:
         for n in MEMORISED:
             ours, theirs = (np.concatenate([hashes(np.array(ids, np.int64), n) for ids in rows]) for rows in (texts, held_out))
             wanted = np.unique(np.concatenate((ours, theirs)))
@@ -143,9 +143,14 @@ def shared_with_training(texts: list[list[int]], directories: list[DataDirectory
     return result
 
 
+def beside(directory: DataDirectory) -> list[str]:
+    """The held-out split that texts are compared with: val, or test where that isn't there; a directory may have none."""
+    return [split for split in ("val", "test") if split in directory.splits][:1]
+
+
 def documents_of(directory: DataDirectory) -> Iterator[list[int]]:
     """The first held-out documents of a data directory, as ids without EOT; at least one row, which may be empty."""
-    tokens = np.asarray(directory.tokens("val"))
+    tokens = np.concatenate([np.empty(0, np.uint16), *map(directory.tokens, beside(directory))])
     ends = np.flatnonzero(tokens == directory.tokenizer.eot_id)[:HELD_OUT_DOCUMENTS]
     for start, end in zip([0, *(ends[:-1] + 1)], ends if len(ends) else [len(tokens)]):
         yield tokens[start:end].tolist()
@@ -154,17 +159,22 @@ def documents_of(directory: DataDirectory) -> Iterator[list[int]]:
 # ---------------------------------------------------------------- all together
 
 
-def judged(samples: list[Sample], judge: GPT, tokenizer: TextTokenizer) -> dict:
-    """How well another model predicts the texts: perplexity and bits per byte, EOTs counted where the texts ended by themselves."""
+def judged(samples: list[Sample], judge: GPT, tokenizer: TextTokenizer, name: str | Path) -> dict:
+    """How well another model, which `name` holds, predicts the texts: perplexity, and bits per byte where its tokenizer knows the texts.
+
+    EOTs are counted where the texts ended by themselves. Raises ValueError for a model whose weights give no probabilities.
+    """
     held_out = from_texts(tokenizer, [sample.text for sample in samples])
-    nats = score_tokens(judge, held_out.tokens, tokenizer.eot_id, bar="judging").nats
+    score = score_tokens(judge, held_out.tokens, tokenizer.eot_id, bar="judging")
+    check_finite(score, name)
+    nats, reason = score.nats, why_no_bits_per_byte(tokenizer, held_out.tokens)
     counted = np.ones(len(nats), bool)
     counted[np.flatnonzero(held_out.tokens == tokenizer.eot_id)[[not sample.ended for sample in samples]]] = False
     total = float(nats[counted].sum())
     return {
         "perplexity": math.exp(min(700.0, total / counted.sum())),
-        "bits_per_byte": None if tokenizer.loss_reason else total / math.log(2) / max(1, held_out.n_bytes),
-    }
+        "bits_per_byte": None if reason else total / math.log(2) / max(1, held_out.n_bytes),
+    } | ({"bits_per_byte_reason": reason} if reason else {})
 
 
 def from_the_grammar(samples: list[Sample], parse: Callable[[str], float | None]) -> dict:

@@ -69,7 +69,9 @@ class Progress:
 
     def __init__(self, cells: list[Cell]):
         self.cells = [cell for cell in cells if not cell.done]
-        self.total, self.done, self.told = sum(cell.work for cell in self.cells), 0.0, not self.cells
+        self.left = {cell: 0.0 if cell.train.recorded() else cell.work for cell in self.cells}  # nothing where only evaluating is left
+        self.total, self.done = sum(self.left.values()), 0.0
+        self.told = not self.total
         known = [(record["seconds"], record["share"] * cell.work) for cell in cells if (record := cell.train.recorded())]
         done = f"{len(cells) - len(self.cells)} of {len(cells)} cells are done already"
         notice(done if len(self.cells) < len(cells) else f"{len(cells)} cells")
@@ -86,9 +88,8 @@ class Progress:
         """From a part of the work that took so long: how long will the rest train? Told once."""
         if not self.told and work > 0:
             self.told = True
-            self.tell(
-                f"about {duration(seconds / work * (self.total - self.done))} of training in {len(self.cells)} cells, plus evaluations"
-            )
+            count = sum(work > 0 for work in self.left.values())
+            self.tell(f"about {duration(seconds / work * (self.total - self.done))} of training in {count} cells, plus evaluations")
 
     def update(self, title: str, work: float = 0.0) -> None:
         """A look at what is going on. work: what is done of the cell."""
@@ -97,7 +98,7 @@ class Progress:
         self.bar.refresh()
 
     def finish(self, cell: Cell, how: str) -> None:
-        self.done += cell.work
+        self.done += self.left[cell]
         self.update(str(cell))
         self.tell(f"{cell}: {how}")
 
@@ -176,7 +177,7 @@ class Study:
                     process.terminate()
                 if time.monotonic() - looked > WAIT:
                     looked, share = time.monotonic(), trained_share(step.directory) if cell else 0.0
-                    progress.update(step.title, share * cell.work if cell else 0.0)
+                    progress.update(step.title, share * progress.left[cell] if cell else 0.0)
                     first = first or ((looked, share) if share > before else None)
                     if first and looked - first[0] > SURE:
                         progress.estimate(looked - first[0], (share - first[1]) * cell.work)
@@ -340,10 +341,10 @@ def _part_of(flags: StudyFlags, planner: Planner, search: Search | None) -> int:
 
 def scores_of(planner: Planner, cells: list[Cell]) -> Variants:
     """What the cells that are done scored on what the recipe names; texts carry the recipe's names. Raises ValueError."""
-    names, tasks, found = planner.set_names.items(), "tasks" in planner.recipe.evaluation, {}
+    tasks, found = "tasks" in planner.recipe.evaluation, {}
     for cell in (cell for cell in cells if cell.done):
-        sets = read_scores(cell.evaluate.directory / SCORES).items()  # maybe also of an earlier recipe
-        texts = {known: scores for path, known in names for name, scores in sets if scores.kind == "text" and name.startswith(path)}
-        done = {name: scores for name, scores in sets if tasks and "correct" in scores.columns}
+        sets = read_scores(cell.evaluate.directory / SCORES)  # maybe also of an earlier recipe
+        texts = {known: sets[name] for name, known in planner.set_names.items() if name in sets}
+        done = {name: scores for name, scores in sets.items() if tasks and "correct" in scores.columns}
         found.setdefault(cell.variant, {})[str(cell.train.directory)] = texts | done
     return found

@@ -262,20 +262,26 @@ def find_tasks(names: Iterable[str], root: Path, made: dict[str, Callable[[], li
     """The tasks that --tasks names, and the names that only lm-evaluation-harness can know.
 
     names: of tasks and groups in tasks/, paths of YAML files, keys of `made` (tasks that are made in memory), or lm_eval:NAME.
-    root: where their files are. Raises FileNotFoundError, ValueError.
+    root: where their files are. Raises FileNotFoundError; ValueError also where two tasks that differ have the same name.
     """
-    files, tasks, foreign = task_files(), [], []
+    if not names:
+        return [], []
+    files, found, foreign = task_files(), {}, []
     for name in dict.fromkeys(names):
         if name in made:
-            tasks += made[name]()
+            tasks = made[name]()
         elif name in files:
-            tasks.append(read_task(files[name][1], files[name][0], root))
+            tasks = [read_task(files[name][1], files[name][0], root)]
         elif name.endswith((".yaml", ".yml")):
-            tasks.append(read_task(read_task_file(Path(name)), Path(name), root))
+            tasks = [read_task(read_task_file(Path(name)), Path(name), root)]
         else:
+            tasks = []
             foreign.append(name.removeprefix(FOREIGN))
+        for task in tasks:
+            if found.setdefault(task.name, task) != task:
+                raise ValueError(f"--tasks names two tasks called {task.name}, which differ; rename one in its file")
     if foreign and importlib.util.find_spec("lm_eval") is None:
         members = {member["task"] for _, task in files.values() if "group" in task for member in task["task"]}
         there = ", ".join([*made, *(name for name in files if name not in members)])
         raise ValueError(f"{', '.join(foreign)} is none of {there}; the tasks of lm-evaluation-harness need it: pip install lm-eval")
-    return tasks, foreign
+    return [*found.values()], foreign

@@ -114,8 +114,8 @@ def group_runs(words: list[str]) -> tuple[dict[str, list[Run]], list[str]]:
         if share := _share_a_seed(runs):
             notes.append(f"{' and '.join(run.name for run in runs)} share a seed, so each is taken for a variant of its own")
         for members in [[run] for run in runs] if share or runs[0].seed is None else [runs]:
-            name = common_name([run.name for run in members])
-            variants[name if name and name not in variants else members[0].name] = members
+            names = (common_name([run.name for run in members]), members[0].name, str(members[0].path))
+            variants[next(name for name in names if name and name not in variants)] = members
     check_number(variants)
     _check_distinct([run for runs in variants.values() for run in runs])
     return variants, notes + budget_notes(variants)

@@ -74,6 +74,14 @@ def test_few_seeds_give_no_verdict_on_the_data(n_runs, effect, part):
     assert expected in finding.verdict
 
 
+@pytest.mark.parametrize(("n_runs", "items"), [(1, 20), (2, 20), (2, 1), (3, 20)])
+def test_no_difference_is_no_advantage(n_runs, items):
+    (variant,) = study({"a": 0.0}, n_runs, items=items).values()
+    same = {name: {f"{name}{i}": sets for i, sets in enumerate(variant.values())} for name in "ab"}
+    (finding,) = compare_variants(same).findings
+    assert finding.difference == 0 and "better" not in finding.verdict and "-0.0000" not in finding.verdict
+
+
 def test_one_document_says_nothing_about_chance():
     comparison = compare_variants(study({"a": 0.0, "b": 0.1}, items=1))
     finding = comparison.findings[0]
@@ -199,6 +207,9 @@ def test_runs_equal_but_for_their_seeds_are_one_variant(runs):
     assert notes == []
     variants, _ = group_runs([f"x={runs}/bad/1,{runs}/good_seed2", f"y={runs}/bad/3", f"{runs}/bad/2"])
     assert [*variants] == ["x", "y", f"{runs}/bad/2"] and len(variants["x"]) == 2
+    run = f"{runs}/bad/2"
+    variants, _ = group_runs([f"{run}={runs}/bad/1", run])  # a name that is a run's too
+    assert [*variants] == [run, f"{run}/best_model.pt"]
 
 
 @pytest.mark.parametrize(
@@ -323,6 +334,8 @@ def test_runs_that_cannot_be_compared(runs, sample_dir, tmp_path, mistake):
     [
         (["a"], "two or more runs"),
         (["a", "a"], "named twice"),
+        (["a", "b", "--data_dir", "d", "./d/"], "named twice"),
+        (["--recipe", "r.toml", "--output", "o", "--split", "val"], "--split, --output: a study doesn't read them"),
         (["a", "b", "--split", "x"], "choice 'x'"),
         (["a", "b"], "no data directory"),
     ],

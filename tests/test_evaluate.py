@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -114,6 +115,8 @@ def test_the_interval_is_that_of_a_ratio_over_documents():
     assert (high - low) / 2 == pytest.approx(1.96 * error, rel=0.1)
     assert (low + high) / 2 == pytest.approx(values.sum() / weights.sum(), abs=error / 5)
     assert measures.ratio_interval(values[:9], weights[:9]) is None
+    assert measures.ratio_interval(np.ones(500), np.repeat([0, 1], [491, 9])) is None
+    assert np.isfinite(measures.ratio_interval(np.ones(500), np.repeat([0, 1], [490, 10]))).all()  # none of the ten may be drawn
 
 
 @pytest.fixture(scope="module")
@@ -254,6 +257,54 @@ def test_no_bits_per_byte_with_unknown_tokens():
     assert "2 tokens are unknown" in measures.why_no_bits_per_byte(tokenizer, np.array(tokenizer.encode("cxyb")))
 
 
+def test_empty_documents_have_no_bits_per_byte(trained_run, sample_dir, tmp_path, capsys):
+    data = DataDirectory(sample_dir)
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "tokenizer.json").write_text(data.tokenizer.json)
+    np.full(20, data.tokenizer.eot_id, "<u2").tofile(tmp_path / "d" / "val.bin")
+    result = evaluate(trained_run, "--data_dir", tmp_path / "d", output=tmp_path / "out.json")[str(tmp_path / "d")]["val"]
+    assert result["bits_per_byte"] is None and result["documents"] == 20
+    assert "val: no bits per byte, the documents are empty" in capsys.readouterr().err
+
+
+def test_another_way_to_score_takes_no_usual_score_s_place(trained_run, sample_dir, tmp_path):
+    for more in ([], ["--stride", 8], ["--stream"]):
+        evaluate(trained_run, "--data_dir", sample_dir, "--split", "val", *more, output=tmp_path / "out.json")
+    scores = read_scores(tmp_path / "out.npz")
+    assert [*scores] == [f"{sample_dir} val{way}" for way in ("", " stride 8", " stream")]
+    assert len({part.summary["loss"] for part in scores.values()}) == 3
+
+
+def test_flags_that_change_nothing_are_told(trained_run, tmp_path, capsys):
+    evaluate(trained_run, "--samples", 1, "--sample_tokens", 3, "--positions", "--task_data", "d", output=tmp_path / "out.json")
+    told = capsys.readouterr().err
+    assert "--positions changed nothing, for there is no --data_dir or --text" in told
+    assert "--task_data changed nothing, for there is no --tasks" in told
+
+
+def test_mistakes_are_found_before_the_work_begins(trained_run, sample_dir, mistake, tmp_path, monkeypatch):
+    for work in ("Scorer.score", "samples.draw_samples", "run_tasks"):
+        monkeypatch.setattr(f"evaluate.{work}", None)
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    (tmp_path / "empty.txt").write_bytes(b"\n\n")
+    shutil.copytree(sample_dir, tmp_path / "cut")
+    (tmp_path / "cut" / "val.bin").write_bytes(b"")
+    before = sorted(tmp_path.rglob("*"))
+    every = ("--checkpoint", trained_run, "--data_dir", sample_dir, "--tasks", "sample_color", "--output", tmp_path / "out.json")
+    for arguments, part in (
+        (("--prompts", "missing.txt"), "missing.txt"),
+        (("--prompts", "latin.txt"), "latin.txt has bytes that are not UTF-8"),
+        (("--prompts", "empty.txt"), "empty.txt holds no prompts"),
+        (("--judge", "nowhere"), "no checkpoint at nowhere"),
+        (("--train_data", "cut"), "val.bin has 0 bytes"),
+        (("--text", "empty.txt"), "empty.txt holds no text"),
+        (("--tasks", "missing.yaml"), "missing.yaml"),
+    ):
+        kept = every[:-4] + every[-2:] if arguments[0] == "--tasks" else every
+        assert part in mistake("evaluate.py", *kept, "--samples", 2, *arguments, cwd=tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_another_tokenizer_is_refused(trained_run, mistake, tmp_path):
     (tmp_path / "s.txt").write_text("".join(f"line {i}\n" for i in range(500)))
     (tmp_path / "tok.json").write_text(train_bpe(["other text"], 270).json)
@@ -270,6 +321,9 @@ def test_another_tokenizer_is_refused(trained_run, mistake, tmp_path):
         (["--split", "vall"], "'vall'"),
         (["--stride", "99"], "stride=99 is above the model's block_size=32"),
         (["--text", "nothing.txt"], "no text files at nothing.txt"),
+        (["--output", "out.png"], "give it another ending, e.g. .json"),
+        (["--data_dir", "samples"], "the results have a part called samples already; write ./samples"),
+        (["--temperature", "0.5", "--judge", "x"], "only --samples needs --temperature, --judge"),
     ],
 )
 def test_mistakes_are_one_sentence(trained_run, sample_dir, mistake, tmp_path, arguments, part):

@@ -13,6 +13,7 @@ import benchmarks.tasks
 from evaluation.task_scores import run_tasks
 from evaluation.tasks import read_task
 from export.hf_folder import write_hf
+from formats.scores import read_scores, write_scores
 from tests.test_tasks import BPE, CHOICE, model_for, write_lines
 
 
@@ -65,8 +66,29 @@ def test_the_harness_reads_our_tasks_and_finds_the_same(harness, cloze, tmp_path
 
 @pytest.mark.slow
 def test_a_task_that_the_harness_does_not_know(harness):
-    with pytest.raises(ValueError, match="lm-evaluation-harness can't load no_such_task"):
+    with pytest.raises(ValueError, match="no_such_task: no task in tasks/, and lm-evaluation-harness can't load it"):
         harness.run_harness_tasks(model_for(BPE), BPE, ["no_such_task"], "model", {})
+
+
+@pytest.mark.slow
+def test_a_task_of_the_harness_whose_items_have_no_score(harness, tmp_path):
+    """Perplexity of whole texts is no mean over items; what is kept of it is read back."""
+    write_lines(tmp_path / "texts.jsonl", [{"text": "ab ba"}, {"text": "bb"}])
+    content = {"task": "rolling", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "texts.jsonl")}}}
+    content |= {"test_split": "test", "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "text"}
+    content |= {"metric_list": [{"metric": "bits_per_byte"}]}
+    scores = harness.run_harness_tasks(model_for(BPE), BPE, [content], "1" * 64, {})
+    write_scores(tmp_path / "evaluation.npz", scores)
+    assert read_scores(tmp_path / "evaluation.npz")["rolling"].summary["measures"]["bits_per_byte"]["value"] > 0
+
+
+@pytest.mark.slow
+def test_what_is_no_number_is_left_out_and_told(harness, capsys):
+    samples = [{"resps": [0, 0], "metrics": ["acc", "odd"], "acc": 1.0, "odd": value} for value in (1.0, float("nan"))]
+    task = type("Task", (), {"config": type("Config", (), {"task": "some_task"})})
+    summary, columns = harness.summarize_samples(task, samples, {"acc,none": 1.0, "odd,none": float("nan")})
+    assert summary["measures"]["odd"]["value"] is None and [*columns] == ["correct"]
+    assert "some_task: lm-evaluation-harness's odd is nan" in capsys.readouterr().err
 
 
 @pytest.fixture

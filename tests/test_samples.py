@@ -17,6 +17,7 @@ from evaluation.samples import Sample
 from formats.data_directory import DataDirectory
 from formats.run_directory import load_model
 from models import GPT
+from preparation.tokenizer_kinds import char_tokenizer
 
 
 class Words:
@@ -82,9 +83,19 @@ def test_the_judge_s_figures_are_brute_force(trained_run):
             logits = model(torch.tensor([ids[:-1]]))[0][0]
         nats += torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="sum").item()
         count += len(ids) - 1
-    result = samples.judged(texts, model, tokenizer)
+    result = samples.judged(texts, model, tokenizer, trained_run)
     assert result["perplexity"] == pytest.approx(math.exp(nats / count), rel=1e-5)
     assert result["bits_per_byte"] == pytest.approx(nats / math.log(2) / len("Once upon a timeShe went"), rel=1e-5)
+
+
+def test_a_judge_that_does_not_know_the_texts_or_is_broken():
+    tokenizer = char_tokenizer(["abc"])
+    judge = GPT(GPTConfig(block_size=8, vocab_size=tokenizer.vocab_size, n_layer=1, n_head=1, n_embd=8)).eval()
+    result = samples.judged([Sample("", [], "abxc", True)], judge, tokenizer, "j.pt")
+    assert result["bits_per_byte"] is None and result["bits_per_byte_reason"] == "1 tokens are unknown to the tokenizer"
+    torch.nn.init.constant_(judge.wte.weight, 1e30)
+    with pytest.raises(ValueError, match=r"the model of j.pt computes numbers that are not finite"):
+        samples.judged([Sample("", [], "abc", True)], judge, tokenizer, "j.pt")
 
 
 def test_stories_of_the_grammar_are_known_as_such(sample_dir):
@@ -126,5 +137,15 @@ def test_evaluate_writes_and_measures_texts(trained_run, sample_dir, tmp_path, c
     assert result["texts"] == 5 and 0 <= result["ended"] <= 1 and result["judge"]["perplexity"] > 1
     assert result["in_training"]["8"]["held_out"] > 0.1 and result["grammar"]["share"] <= 1
     assert results[0][1].count("Once upon a time") >= 5
+    assert "it/s" not in capsys.readouterr().err  # nobody looks at a bar here
     assert list(results[0][0]) == ["samples"]  # neither ./data nor anything else was asked for
     assert DataDirectory(sample_dir).meta["sample"]
+
+
+def test_training_data_without_held_out_text(trained_run, sample_dir, tmp_path):
+    data = DataDirectory(sample_dir)
+    (tmp_path / "tokenizer.json").write_text(data.tokenizer.json)
+    data.tokens("train").tofile(tmp_path / "train.bin")
+    story = data.tokens("train")[:40].tolist()
+    result = samples.shared_with_training([story], [DataDirectory(tmp_path)])
+    assert result["8"] == {"samples": 1.0, "held_out": None}

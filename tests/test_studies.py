@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import utils
 
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 
 import compare
+from evaluation.studies import scores_of
 from evaluation.tasks import task_files
 from formats.scores import SCORES, ItemScores, read_scores, write_scores
 from tests.conftest import ROOT
@@ -332,6 +334,42 @@ def test_a_real_study_killed_twice_is_the_undisturbed_one(tmp_path, sample_dir, 
     assert len(killed) == 2 and "2 of 2 cells are done" in script("compare.py", *command, cwd=disturbed).stderr
 
 
+def test_a_run_that_was_evaluated_by_hand_as_well(tmp_path):
+    """Scores of other splits, scored in another way, or of a text whose name begins alike, are not taken for the study's own."""
+
+    def scores(bits: float) -> ItemScores:
+        return ItemScores("0" * 64, "1" * 64, "text", {"bits_per_byte": bits}, {"nats": np.ones(3), "bytes": np.ones(3, int)}, "2" * 64)
+
+    names = {"held test": 1.0, "held val": 2.0, "held test stride 8": 3.0, "wiki text": 4.0, "wiki2 text": 5.0}
+    write_scores(tmp_path / SCORES, {name: scores(bits) for name, bits in names.items()})
+    step = SimpleNamespace(directory=tmp_path)
+    set_names = {"held test": "held", "wiki text": "wiki", "wiki2 text": "wiki2"}
+    planner = SimpleNamespace(recipe=SimpleNamespace(evaluation={}), set_names=set_names)
+    found = scores_of(planner, [SimpleNamespace(done=True, variant="a", evaluate=step, train=step)])
+    bits = {name: one.summary["bits_per_byte"] for name, one in found["a"][str(tmp_path)].items()}
+    assert bits == {"held": 1.0, "wiki": 4.0, "wiki2": 5.0}
+
+
+def test_another_checkpoint_s_scores_are_not_the_run_s(study):
+    """evaluate.py, called by hand for another checkpoint of a run, replaces the run's scores."""
+    change("seeds = [1, 2]", "seeds = [1]")
+    study()
+    diary(study)
+    scores = next(Path("studies/r/runs").glob(f"plain*/{SCORES}"))
+    write_scores(scores, {})
+    assert study()[0] == 0 and len(diary(study)) == 1 and read_scores(scores)
+
+
+def test_a_study_in_a_folder_of_another_name_evaluates_again(study, tmp_path):
+    """Scores carry the names of what was read, so those of the new name have to be there. Nothing is trained again."""
+    change("seeds = [1, 2]", "seeds = [1]")
+    assert study("--out_dir", "s")[0] == 0
+    diary(study)
+    assert study("--out_dir", tmp_path / "s")[0] == 0
+    assert [line.split()[0] for line in diary(study)] == ["evaluate", "evaluate"]
+    assert study("--out_dir", tmp_path / "s")[0] == 0 and diary(study) == []
+
+
 # ---------------------------------------------------------------- recipes
 
 
@@ -343,6 +381,8 @@ def test_a_real_study_killed_twice_is_the_undisturbed_one(tmp_path, sample_dir, 
         ("seeds = [1, 2]", "seed = [1, 2]", "r.toml: [study] has an unknown key 'seed'; did you mean 'seeds'?"),
         ("seeds = [1, 2]", "seeds = [1, -2]", "[study] seeds=-2 must be at least 0"),
         ("seeds = [1, 2]", "seeds = [1, 1]", "seeds are given twice"),
+        ("seeds = [1, 2]", "seeds = []", "[study] seeds is empty; give it a value"),
+        ("seeds = [1, 2]", "seeds = ['x']", "[study] seeds='x' must be a valid integer\n"),
         ("shuffle_words", "shufle_words", "[variants.shuffled] has an unknown key 'shufle_words'; did you mean 'shuffle_words'?"),
         ("shuffle_words = 0.5", "shuffle_words = 1.5", "[variants.shuffled]: shuffle_words=1.5 must be at most 1"),
         ("shuffle_words = 0.5", "shuffle_words = {a = 1}", "must be a text, number, true, false, or a list"),

@@ -185,6 +185,16 @@ def test_a_name_that_nobody_knows(monkeypatch, tmp_path):
     assert find_tasks(["arc_hard", "lm_eval:arc_easy"], tmp_path, {}) == ([], ["arc_hard", "arc_easy"])
 
 
+def test_tasks_that_are_named_twice(task, tmp_path):
+    path = task()
+    shutil.copy(path, tmp_path / "same.yaml")
+    (found,), _ = find_tasks([str(path), str(tmp_path / "same.yaml")], tmp_path, {})
+    assert found == read(path)
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(CHOICE | {"target_delimiter": ": "}))
+    with pytest.raises(ValueError, match="two tasks called colors, which differ; rename one"):
+        find_tasks([str(path), str(tmp_path / "other.yaml")], tmp_path, {})
+
+
 def test_every_task_of_ours_reads_data_in_its_format(tmp_path):
     """The public data sets, written here with one document each."""
     for content in map(read_task_file, TASKS.glob("*.yaml")):
