@@ -150,7 +150,8 @@ def beside(directory: DataDirectory) -> list[str]:
 
 def documents_of(directory: DataDirectory) -> Iterator[list[int]]:
     """The first held-out documents of a data directory, as ids without EOT; at least one row, which may be empty."""
-    tokens = np.concatenate([np.empty(0, np.uint16), *map(directory.tokens, beside(directory))])
+    split = beside(directory)
+    tokens = np.asarray(directory.tokens(split[0])) if split else np.empty(0, np.uint16)
     ends = np.flatnonzero(tokens == directory.tokenizer.eot_id)[:HELD_OUT_DOCUMENTS]
     for start, end in zip([0, *(ends[:-1] + 1)], ends if len(ends) else [len(tokens)]):
         yield tokens[start:end].tolist()
