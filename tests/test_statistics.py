@@ -147,3 +147,9 @@ def test_the_benchmark_prints_every_scenario(capsys):
     out = capsys.readouterr().out
     assert all(f"{seeds} seeds, {name}" in out for seeds in (3, 5) for name in SCENARIOS)
     assert out.count("coverage ") == 5 * 2 * len(SCENARIOS) and "nan" not in out
+
+
+def test_a_few_items_that_all_agree_prove_little():
+    """All seeds right on every item for one variant and wrong for the other: no variance is left that could tell how sure that is."""
+    for items, p in ((2, 0.5), (5, 1 / 16), (40, 2.0**-39)):
+        assert difference(np.ones((3, items)), np.zeros((3, items)), np.ones(items)).p == pytest.approx(p)
