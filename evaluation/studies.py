@@ -224,7 +224,7 @@ class Study:
                     self.failures[step.directory] = describe(error)
                     raise FailedCell(describe(error)) from None
         self.run(cell.train, progress, cell, wait)
-        self.run(cell.evaluate, progress)
+        self.run(cell.evaluate, progress, wait=wait)
 
     def run_cells(self, cells: list[Cell], wait: bool = False) -> bool:
         """Run what isn't done; what went wrong is told, and the others go on. wait: for another process that works on a cell already,
