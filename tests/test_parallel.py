@@ -31,8 +31,11 @@ def two_processes(tmp_path, *arguments, prepare=None) -> tuple[list[int], str]:
         for rank, file in enumerate(said)
     ]
     for process in processes:
-        process.join(300)
-    return [process.exitcode for process in processes], "".join(file.read_text() for file in said)
+        process.join(120)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()  # if they wait for each other
+    return codes, "".join(file.read_text() for file in said)
 
 
 def losses(run) -> list[float]:
