@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evaluation.statistics import ENOUGH_SEEDS, LEVEL, MOST_SEEDS, Difference, difference, holm, items_needed, seeds_needed
+from evaluation.statistics import ENOUGH_SEEDS, FEWEST_ITEMS, LEVEL, MOST_SEEDS, Difference, difference, holm, items_needed, seeds_needed
 from formats.scores import ItemScores
 
 Variants = dict[str, dict[str, dict[str, ItemScores]]]
@@ -123,6 +123,8 @@ def _advice(found: Difference, level: float) -> str:
     size = abs(float(found.value))
     if size == 0:
         return "they came out alike"
+    if found.n_items < FEWEST_ITEMS:
+        return f"{found.n_items} items are too few to tell how much they vary"
     needed, target = seeds_needed(found, size, level), f"needed for a difference of {as_text(size, size)}"
     if needed is None:
         times = math.ceil(2 * items_needed(found, size, level))  # half of the error is left to the seeds

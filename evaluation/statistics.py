@@ -27,6 +27,7 @@ from scipy.optimize import brentq
 
 LEVEL, POWER = 0.05, 0.8
 ENOUGH_SEEDS = 3  # of each variant, for a verdict: with two, an interval is several times as wide as its data
+FEWEST_ITEMS = 10  # to say what it would take to tell two variants apart
 MOST_SEEDS = 100
 # Nodes and weights for a mean over a variable that is uniform in (0, 1), dense at both ends: what is rare decides small p-values
 UNIFORM = special.expit(np.linspace(-30, 30, 121))
