@@ -21,7 +21,7 @@ import torch
 
 from export.graphs import write_onnx, write_torchscript
 from export.hf_folder import write_hf
-from export.verify import largest_difference, put_in_place, workplace
+from export.verify import Source, largest_difference, put_in_place, workplace
 from formats.export_record import add_record, check_exports
 from formats.outputs import sole_writer
 from formats.run_directory import find_checkpoint, load_model
@@ -71,11 +71,11 @@ def export(checkpoint: str | Path, formats: Iterable[str], output: Path | None) 
     with sole_writer(output, "export", "output", "export"):
         names = target_names(formats, path.name)
         check_exports(output, names.values(), path)
-        model, tokenizer, *_ = load_model(str(path))
+        source = Source(*load_model(str(path)))
         good = True
         for name, target in names.items():
             with workplace(output) as directory:
-                difference, allowed = largest_difference(model, FORMATS[name][1](model, tokenizer, directory / target))
+                difference, allowed = largest_difference(source.model, FORMATS[name][1](source, directory / target).logits)
                 if difference > allowed:
                     notice(f"error: {name}: logits differ by up to {difference:.1e} (allowed {allowed:.1e}); the file was deleted")
                     good = False

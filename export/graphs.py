@@ -9,9 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from export.verify import LoadedModel, example_ids
+from export.verify import Loaded, Source, example_ids
 from formats.outputs import write_atomically
-from formats.tokenizer import TextTokenizer
 from models import GPT
 
 
@@ -24,11 +23,11 @@ class LogitsOnly(nn.Module):
         return self.model(input_ids)[0]
 
 
-def write_onnx(model: GPT, tokenizer: TextTokenizer, path: Path) -> LoadedModel:
+def write_onnx(source: Source, path: Path) -> Loaded:
     """One file for onnxruntime and other runtimes."""
     import onnxruntime
 
-    block = model.config.block_size
+    model, block = source.model, source.model.config.block_size
     sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=block)}
     options = {"dynamo": True, "input_names": ["input_ids"], "output_names": ["logits"]}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -38,7 +37,7 @@ def write_onnx(model: GPT, tokenizer: TextTokenizer, path: Path) -> LoadedModel:
         program = torch.onnx.export(LogitsOnly(model), (example,), dynamic_shapes={"input_ids": sizes}, **options)
     write_atomically(path, lambda file: file.write(program.model_proto.SerializeToString()))
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return lambda ids: torch.from_numpy(session.run(["logits"], {"input_ids": ids.numpy()})[0])
+    return Loaded(lambda ids: torch.from_numpy(session.run(["logits"], {"input_ids": ids.numpy()})[0]))
 
 
 def follow_the_input(traced: torch.jit.ScriptModule) -> None:
@@ -54,14 +53,14 @@ def follow_the_input(traced: torch.jit.ScriptModule) -> None:
             constant.output().replaceAllUsesWith(device.output())
 
 
-def write_torchscript(model: GPT, tokenizer: TextTokenizer, path: Path) -> LoadedModel:
+def write_torchscript(source: Source, path: Path) -> Loaded:
     """One file for torch.jit.load, in Python or C++, on any device."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit is deprecated in favour of torch.export, and tracing asks to mind the length
-        example = example_ids(model, 2, model.config.block_size // 2 + 1)
-        traced = torch.jit.trace(LogitsOnly(model), example, check_trace=False)
+        example = example_ids(source.model, 2, source.model.config.block_size // 2 + 1)
+        traced = torch.jit.trace(LogitsOnly(source.model), example, check_trace=False)
         follow_the_input(traced)
         content = io.BytesIO()
         torch.jit.save(traced, content)  # into memory: on a full disk torch's own writer ends the process
         write_atomically(path, lambda file: file.write(content.getbuffer()))
-        return torch.jit.load(str(path))
+        return Loaded(torch.jit.load(str(path)))

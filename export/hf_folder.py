@@ -4,19 +4,19 @@ from pathlib import Path
 
 from safetensors.torch import save
 
-from export.verify import LoadedModel
+from export.verify import Loaded, Source
 from formats.huggingface import hf_config, to_hf
 from formats.outputs import write_atomically, write_json, write_text
-from formats.tokenizer import EOT, PADDING, UNKNOWN, TextTokenizer
-from models import GPT
+from formats.tokenizer import EOT, PADDING, UNKNOWN
 
 
-def write_hf(model: GPT, tokenizer: TextTokenizer, path: Path) -> LoadedModel:
+def write_hf(source: Source, path: Path) -> Loaded:
     """Configuration, tokenizer and safetensors. Raises ValueError where transformers isn't installed to read them back."""
     try:
         import transformers
     except ModuleNotFoundError:
         raise ValueError("format hf is checked with transformers, which is not installed; run: pip install transformers") from None
+    model, tokenizer = source.model, source.tokenizer
     path.mkdir()
     known = tokenizer.tokenizer.get_vocab(with_added_tokens=True)
     special = {"eos_token": EOT, "bos_token": EOT, "unk_token": UNKNOWN, "pad_token": PADDING}
@@ -29,4 +29,4 @@ def write_hf(model: GPT, tokenizer: TextTokenizer, path: Path) -> LoadedModel:
     weights = save(to_hf(model.config, model.state_dict()), metadata={"format": "pt"})
     write_atomically(path / "model.safetensors", lambda file: file.write(weights))
     reference = transformers.AutoModelForCausalLM.from_pretrained(path, local_files_only=True).eval()
-    return lambda ids: reference(ids).logits
+    return Loaded(lambda ids: reference(ids).logits)

@@ -5,17 +5,44 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from formats.outputs import fsync_directory, temporary_path
+from formats.tokenizer import TextTokenizer
+from generation.engines import Engine
 from models import GPT
 
 TOLERANCE = 1e-4  # how far logits of the same model may differ, in units of the largest one where that is above 1
 
-LoadedModel = Callable[[Tensor], Tensor]  # token ids (B, T) int64 -> logits (B, T, V) float32
+
+@dataclass(frozen=True)
+class Source:
+    """What is exported: the network in evaluation mode on the CPU, its tokenizer, the file or HF folder, and all that is in there."""
+
+    model: GPT
+    tokenizer: TextTokenizer
+    path: Path
+    content: dict
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What was written, as its own runtime loaded it back.
+
+    logits: token ids (B, T) int64 -> logits (B, T, V) float32. engine: for formats with a cache of keys and values. encode: text ->
+    token ids, by the tokenizer that lies in the file or beside it.
+    """
+
+    logits: Callable[[Tensor], Tensor]
+    engine: Engine | None = None
+    encode: Callable[[str], list[int]] | None = None
+
+
+Writer = Callable[[Source, Path], Loaded]  # writes a file or a folder of this name
 
 
 def example_ids(model: GPT, batch: int, length: int) -> Tensor:
@@ -24,7 +51,7 @@ def example_ids(model: GPT, batch: int, length: int) -> Tensor:
 
 
 @torch.inference_mode()
-def largest_difference(model: GPT, exported: LoadedModel) -> tuple[float, float]:
+def largest_difference(model: GPT, exported: Callable[[Tensor], Tensor]) -> tuple[float, float]:
     """Largest difference of any logit between the model and what was exported, at several shapes; infinite where shapes differ.
 
     And the largest that is allowed: float32 rounds large logits, such as GPT-2's of 100, more coarsely.

@@ -15,7 +15,7 @@ import torch
 import export_model
 from config import GPTConfig
 from export.graphs import write_onnx, write_torchscript
-from export.verify import example_ids, largest_difference
+from export.verify import Loaded, Source, example_ids, largest_difference
 from formats.export_record import RECORD, add_record, read_record
 from formats.run_directory import load_model
 from models import GPT
@@ -76,9 +76,9 @@ def test_a_folder_for_transformers(family, trained_run, gpt2_run, sample_dir, tm
 def test_a_file_that_computes_something_else_is_deleted(trained_run, tmp_path, monkeypatch, capsys):
     file_name, write = export_model.FORMATS["onnx"]
 
-    def wrong(model, tokenizer, path):
-        run = write(model, tokenizer, path)
-        return lambda ids: run(ids) + 1e-3
+    def wrong(source, path):
+        loaded = write(source, path)
+        return Loaded(lambda ids: loaded.logits(ids) + 1e-3)
 
     monkeypatch.setitem(export_model.FORMATS, "onnx", (file_name, wrong))
     assert export_model.main(["--checkpoint", str(trained_run), "--format", "onnx", "--output", str(tmp_path)]) == 1
@@ -137,7 +137,7 @@ ARCHITECTURES = [{"arch": "gpt2"}, {"arch": "gpt2", "flash": False}, {"arch": "q
 def test_torchscript_follows_the_device_of_its_input(tmp_path, shape):
     """A device in the graph, from the machine that traced it, would end it anywhere else. Constants without dimensions go everywhere."""
     model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=100, **shape)).eval()
-    loaded = write_torchscript(model, None, tmp_path / "model.ts.pt")
+    loaded = write_torchscript(Source(model, None, tmp_path, {}), tmp_path / "model.ts.pt").logits
     ids = torch.randint(100, (3, 17))
     assert torch.allclose(loaded(ids), model(ids)[0], atol=1e-6)
     code, constants = loaded.code_with_constants
@@ -166,7 +166,7 @@ def test_large_models_with_large_logits_pass(tmp_path, preset, arch, write):
     with torch.inference_mode():
         logits = model(example_ids(model, 1, 64))[0]
     model.ln_f.weight.data.mul_(100 / logits.abs().max())
-    difference, allowed = largest_difference(model, write(model, None, tmp_path / "model"))
+    difference, allowed = largest_difference(model, write(Source(model, None, tmp_path, {}), tmp_path / "model").logits)
     print(f"{preset} {arch} {write.__name__}: {difference:.2e}, allowed {allowed:.2e}")
     assert difference <= allowed and allowed > 5e-3
 
