@@ -14,6 +14,7 @@ from config import GPTConfig
 from evaluation.task_scores import run_tasks
 from evaluation.tasks import Task, find_tasks, read_task
 from export.hf_folder import write_hf
+from export.verify import Source
 from formats.run_directory import load_model
 from formats.tokenizer import EOT, TextTokenizer
 from models import GPT
@@ -59,7 +60,7 @@ def measure(rounds: int, checkpoint: str | None, name: str, root: Path, count: i
     except ModuleNotFoundError as error:
         raise ValueError(f"the package {error.name!r} is not installed; run: pip install 'lm-eval[hf]'") from None
     model, tokenizer = default_model() if checkpoint is None else load_model(checkpoint)[:2]
-    write_hf(model, tokenizer, cwd / "hf")
+    write_hf(Source(model, tokenizer, cwd, {}), cwd / "hf")
     exported = transformers.AutoModelForCausalLM.from_pretrained(cwd / "hf", local_files_only=True).eval()
     peer = HFLM(pretrained=exported, tokenizer=transformers.AutoTokenizer.from_pretrained(cwd / "hf"), batch_size=BATCH_SIZE)
     tasks, _ = find_tasks([name], root, sample_tasks.MADE)
