@@ -8,14 +8,17 @@ python export_model.py --checkpoint checkpoints/stories --format hf --output ./e
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Literal
 
 from utils import Checked, notice, read_command_line, run_script
 
 import torch
+from tqdm import tqdm
 
+from export.companions import companions, write_companions
 from export.formats import ALL, FORMATS, chosen, fitting, table, target_names
-from export.verify import Source, largest_difference, put_in_place, workplace
+from export.verify import Mismatch, Source, put_in_place, verify, workplace
 from formats.export_record import add_record, check_exports
 from formats.outputs import sole_writer
 from formats.run_directory import find_checkpoint, load_model
@@ -31,41 +34,75 @@ class Arguments(Checked):
     """A .pt file, an HF folder, or a run directory, also by its name below ./checkpoints. Default: the newest finished run there."""
     output: str | None = None
     """Directory for the files. Default: beside the checkpoint."""
+    overwrite: bool = False
+    """Replace earlier exports; whatever else stands there stays."""
+    data_dir: tuple[str, ...] = ()
+    """Prepared data on which quality is measured. Default: what the model was trained on."""
 
     def problems(self) -> list[str]:
         return [] if self.format else [f"--format needs at least one of {', '.join(FORMATS)}"]
 
 
-def export(checkpoint: str | Path, formats: Iterable[str], output: Path | None) -> bool:
+def write_verified(source: Source, name: str, path: Path) -> dict[str, float]:
+    """Write one format, load it back, compare: the figures of what was measured. Raises Mismatch where it isn't the same model."""
+    format = FORMATS[name]
+    with tqdm(desc=f"{name}: writing", bar_format="{desc}{postfix} {elapsed}", disable=None, leave=False) as bar:
+        loaded = format.write(source, path)
+        bar.bar_format = None
+        bar.set_description(f"{name}: checking")
+        figures = verify(source, loaded, format.exact, bar)
+    return figures if format.exact else figures | resolve_name("export.quality:measure")(source, loaded)
+
+
+def tell(figures: dict[str, float]) -> str:
+    """The figures of an export in a few words."""
+    words = [resolve_name("export.quality:sentence")(figures)] if "bits_per_byte" in figures else []
+    words.append(f"largest difference of a logit {figures['largest_logit_difference']:.1e}")
+    if "greedy_tokens" in figures:
+        ties = f" but for {figures['greedy_ties']} ties" if figures["greedy_ties"] else ""
+        words.append(f"{figures['greedy_tokens']} greedy tokens the same{ties}")
+    if "texts_encoded" in figures:
+        words.append(f"{figures['texts_encoded']} texts encoded alike")
+    return ", ".join(words)
+
+
+def export(checkpoint: str | Path, formats: Iterable[str], output: Path | None, overwrite: bool, **options) -> bool:
     """Write the formats beside the checkpoint or into `output`; True if all of them compute what the model computes.
 
-    Raises ValueError, before anything is written, where that would replace the checkpoint or what was not exported.
+    overwrite: whether earlier exports may be replaced. options: as Source has them. Raises ValueError, before anything is written, where
+    that would replace the checkpoint or what was not exported.
     """
-    path = find_checkpoint(str(checkpoint))
+    path, formats = find_checkpoint(str(checkpoint)), [*formats]
     output = output or path.parent
-    formats = [*formats]
     with sole_writer(output, "export", "output", "export"):
-        check_exports(output, target_names(chosen(formats), path.name).values(), path)
-        source = Source(*load_model(str(path)))
+        check_exports(output, target_names(chosen(formats), path.name).values(), path, overwrite)
+        source = Source(*load_model(str(path)), options)
         names = target_names(fitting(formats, source), path.name)
+        beside = companions(source, output, overwrite) if any(FORMATS[name].beside for name in names) else {}
         good = True
         for name, target in names.items():
             with workplace(output) as directory:
-                difference, allowed = largest_difference(source.model, FORMATS[name].write(source, directory / target).logits)
-                if difference > allowed:
-                    notice(f"error: {name}: logits differ by up to {difference:.1e} (allowed {allowed:.1e}); the file was deleted")
+                try:
+                    figures = write_verified(source, name, directory / target)
+                except Mismatch as error:
+                    notice(f"error: {name}: {error}; {target} was deleted")
                     good = False
                     continue
-                entry = {"format": name, "checkpoint": path.name, "largest_logit_difference": difference, "torch": torch.__version__}
-                add_record(output, target, entry)  # first: what has its name is known to be ours
+                entry = {"format": name, "checkpoint": path.name, "torch": torch.__version__}
+                add_record(output, target, entry | figures)  # first: what has its name is known to be ours
                 put_in_place(directory / target, output / target)
-            print(f"{output / target}: largest difference of a logit {difference:.1e}")
+            if FORMATS[name].beside:
+                write_companions(output, beside, path.name)
+                beside = {}
+            print(f"{output / target}: {tell(figures)}")
     return good
 
 
 def main(argv: list[str] | None = None) -> int:
     args = read_command_line(Arguments, argv, f"{__doc__}\n{table()}", aliases={"model_path": "checkpoint"})
-    return 0 if export(args.checkpoint, args.format, None if args.output is None else Path(args.output)) else 1
+    output = None if args.output is None else Path(args.output)
+    options = {name: value for name, value in vars(args).items() if name not in ("checkpoint", "format", "output", "overwrite")}
+    return 0 if export(args.checkpoint, args.format, output, args.overwrite, **options) else 1
 
 
 if __name__ == "__main__":

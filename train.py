@@ -214,7 +214,7 @@ def run(args: Arguments, asked: dict[str, object], device: str, processes: Proce
         if args.export:
             from export.formats import chosen, target_names
 
-            check_exports(run_dir, target_names(chosen(args.export), BEST).values(), run_dir / BEST)
+            check_exports(run_dir, target_names(chosen(args.export), BEST).values(), run_dir / BEST, overwrite=True)
         start = read_inputs(args, asked, run_dir, processes)
         finished = start.finished_step(args.overwrite, args.resume)
         if finished is None:
@@ -234,7 +234,7 @@ def run(args: Arguments, asked: dict[str, object], device: str, processes: Proce
         return 0
     import export_model
 
-    return 0 if export_model.export(run_dir / BEST, args.export, run_dir) else 1
+    return 0 if export_model.export(run_dir / BEST, args.export, run_dir, overwrite=True) else 1
 
 
 def main(argv: list[str] | None = None) -> int:

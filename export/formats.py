@@ -8,7 +8,7 @@ from pkgutil import resolve_name
 
 from utils import notice
 
-from export.verify import Source, Writer
+from export.verify import Loaded, Source, Writer
 
 ALL = "all"
 
@@ -19,6 +19,7 @@ class Format:
 
     file: what the file or folder is called; {} stands for the checkpoint's name without its ending. writer: where its Writer stands,
     as module:name. help: what it is and for whom, in a line. packages: what writes or checks it, beside torch, as pip calls them.
+    beside: whether tokenizer.json and config.json are to lie beside it; other formats hold all of that.
     exact: whether it must compute what the model computes; else numbers are rounded, and `export.quality` measures at what cost.
     fits: where a function (Source) -> str | None stands that says why a model can't have this format, None where it can.
     """
@@ -27,17 +28,23 @@ class Format:
     writer: str
     help: str
     packages: tuple[str, ...] = ()
+    beside: bool = False
     exact: bool = True
     fits: str | None = None
 
-    def write(self, source: Source, path: Path):
+    def write(self, source: Source, path: Path) -> Loaded:
         """Write a file or folder of this name and load it back with its own runtime."""
         writer: Writer = resolve_name(self.writer)
         return writer(source, path)
 
     def why_not(self, source: Source) -> str | None:
-        """Why this model can't be written so; None where it can."""
-        return None if self.fits is None else resolve_name(self.fits)(source)
+        """Why this model can't be written so, or its quality not be measured; None where it can."""
+        if self.fits is not None and (reason := resolve_name(self.fits)(source)):
+            return reason
+        try:
+            return None if self.exact or source.data else "there is no data to measure it on"
+        except (ValueError, FileNotFoundError) as error:
+            return str(error)
 
     def missing(self) -> list[str]:
         """The packages that aren't installed."""
@@ -46,8 +53,10 @@ class Format:
 
 ONNX = ("onnx", "onnxscript", "onnxruntime")
 FORMATS = {
-    "onnx": Format("{}.onnx", "export.graphs:write_onnx", "one file for onnxruntime and other runtimes", ONNX),
-    "torchscript": Format("{}.ts.pt", "export.graphs:write_torchscript", "one file for torch.jit.load, in Python or C++"),
+    "pt": Format("{}.slim.pt", "export.slim:write_slim", "a checkpoint of weights only, for all scripts here"),
+    "onnx": Format("{}.onnx", "export.graphs:write_onnx", "one file for onnxruntime and other runtimes", ONNX, beside=True),
+    "torchscript": Format("{}.ts.pt", "export.graphs:write_torchscript", "one file for torch.jit.load, in Python or C++", beside=True),
+    "torch_export": Format("{}.pt2", "export.graphs:write_torch_export", "one file for torch.export.load", beside=True),
     "hf": Format("hf", "export.hf_folder:write_hf", "a folder for transformers, and what reads its GPT-2 and Qwen3", ("transformers",)),
 }
 
