@@ -53,8 +53,8 @@ class Format:
 
 ONNX = ("onnx", "onnxscript", "onnxruntime")
 FORMATS = {
-    "pt": Format("{}.slim.pt", "export.slim:write_slim", "a checkpoint of weights only, for all scripts here"),
     "onnx": Format("{}.onnx", "export.graphs:write_onnx", "one file for onnxruntime and other runtimes", ONNX, beside=True),
+    "pt": Format("{}.slim.pt", "export.slim:write_slim", "a checkpoint of weights only, for all scripts here"),
     "torchscript": Format("{}.ts.pt", "export.graphs:write_torchscript", "one file for torch.jit.load, in Python or C++", beside=True),
     "torch_export": Format("{}.pt2", "export.graphs:write_torch_export", "one file for torch.export.load", beside=True),
     "hf": Format("hf", "export.hf_folder:write_hf", "a folder for transformers, and what reads its GPT-2 and Qwen3", ("transformers",)),

@@ -13,6 +13,7 @@ import benchmarks.tasks
 from evaluation.task_scores import run_tasks
 from evaluation.tasks import read_task
 from export.hf_folder import write_hf
+from export.verify import Source
 from formats.scores import read_scores, write_scores
 from tests.test_tasks import BPE, CHOICE, model_for, write_lines
 
@@ -112,7 +113,7 @@ def hf_model(harness, transformers, tmp_path):
     from lm_eval.models.huggingface import HFLM
 
     model = model_for(BPE, block_size=32)
-    write_hf(model, BPE, tmp_path / "hf")
+    write_hf(Source(model, BPE, tmp_path, {"train_config": {}, "data": [], "step": 0}), tmp_path / "hf")
     exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     return harness.HarnessModel.of(model, BPE, 8), HFLM(pretrained=exported, tokenizer=tokenizer, batch_size=4)
