@@ -56,7 +56,7 @@ def _data(source: Source) -> str | None:
     """What the model was trained on: names, and documents and bytes where the data is still there."""
     rows: list[tuple[object, ...]] = []
     origins: dict[str, None] = {}
-    for name, known in zip(source.content["train_config"].get("data_dir", ()), source.content["data"]):
+    for name, known in zip(source.content.get("train_config", {}).get("data_dir", ()), source.content.get("data", ())):
         path, weight = parse_weighted(name)
         directory = _opened(path, {split: text for split, text in known.items() if split in SPLITS})
         counts = directory.meta["splits"]["train"] if directory else {}
@@ -73,7 +73,7 @@ def _data(source: Source) -> str | None:
 
 def _budget(source: Source) -> str | None:
     """How long it was trained."""
-    config, step, block = source.content["train_config"], source.content["step"], source.model.config.block_size
+    config, step, block = source.content.get("train_config"), source.content.get("step"), source.model.config.block_size
     if not config or not step:
         return None
     windows = config["batch_size"] * config["gradient_accumulation_steps"]
@@ -114,7 +114,7 @@ def _measures(source: Source) -> str | None:
 
 def model_card(source: Source) -> str:
     """The text of README.md, with the front matter that the Hugging Face hub reads (huggingface.co/docs/hub/model-cards)."""
-    path, step, family = source.path.resolve(), source.content["step"], source.model.config.arch
+    path, step, family = source.path.resolve(), source.content.get("step"), source.model.config.arch
     name = path.name if path.is_dir() else path.parent.name
     about = f"A small language model of the {FAMILIES[family]} family with {source.model.num_parameters():,} parameters."
     begins = "The tokenizer puts `<|endoftext|>` in front of a text, as every training text began."

@@ -63,7 +63,7 @@ class Mismatch(Exception):
 
 @dataclass(frozen=True)
 class Source:
-    """What is exported: the network in evaluation mode on the CPU, its tokenizer, the file or HF folder, and all that is in there.
+    """What is exported: the network in evaluation mode on the CPU, its tokenizer, the file or HF folder, and what else is in there.
 
     options: what the command line asks of single formats, by the names of its flags.
     """
@@ -78,7 +78,7 @@ class Source:
     def data(self) -> list[DataDirectory]:
         """Where quality is measured: --data_dir, or what the checkpoint was trained on, as far as it is there. Raises ValueError."""
         asked = self.options.get("data_dir") or ()
-        names = asked or [parse_weighted(name)[0] for name in self.content["train_config"].get("data_dir", ())]
+        names = asked or [parse_weighted(name)[0] for name in self.content.get("train_config", {}).get("data_dir", ())]
         found = []
         for name in names:
             if asked or Path(name).is_dir():

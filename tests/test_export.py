@@ -55,8 +55,8 @@ def small_model(vocab_size: int = BYTE.vocab_size, **shape) -> GPT:
     ).eval()
 
 
-def source_of(model: GPT, tokenizer: TextTokenizer = BYTE, path: Path = Path("model.pt"), **content) -> Source:
-    return Source(model, tokenizer, path, {"train_config": {}, "data": [], "step": 0, "tokenizer": tokenizer.json} | content)
+def source_of(model: GPT, tokenizer: TextTokenizer = BYTE, path: Path = Path("model.pt")) -> Source:
+    return Source(model, tokenizer, path, {"train_config": {}, "data": [], "step": 0, "tokenizer": tokenizer.json})
 
 
 def run(checkpoint, *flags, output=None) -> int:
