@@ -9,8 +9,6 @@ import subprocess
 import pytest
 import torch
 
-import export_model
-from export.formats import FORMATS
 from formats.run_directory import load_model
 from tests.conftest import ROOT
 
@@ -33,49 +31,44 @@ def files(snippet: str) -> set[str]:
     return set(re.findall(r"exported/([\w.]+)", snippet)) - {"tokenizer.json", "config.json"}
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory, trained_run):
-    """A folder with exported/ in it, all formats that the page uses."""
-    folder = tmp_path_factory.mktemp("page")
-    used = set().union(*map(files, [*SNIPPETS.values(), *blocks("cpp").values()]))
-    names = [name for name, format in FORMATS.items() if format.file.format("best_model") in used and not format.missing()]
-    assert export_model.main(["--checkpoint", str(trained_run), "--format", *names, "--output", str(folder / "exported")]) == 0
-    return folder
+@pytest.fixture
+def place(exported, tmp_path):
+    """A folder with exported/ in it."""
+    (tmp_path / "exported").symlink_to(exported[1])
+    return tmp_path
 
 
-@pytest.fixture(scope="module")
-def greedy(trained_run):
-    """What the model writes behind the prompt: the token ids of the whole text, its EOT in front, and what generate.py prints."""
-    from tests.conftest import run_here
-
-    model, tokenizer, *_ = load_model(str(trained_run))
+@pytest.fixture
+def greedy(exported, script):
+    """What the model writes behind the prompt: ids of the prompt, its EOT in front, and of the whole text; and what generate.py prints."""
+    model, tokenizer, *_ = load_model(str(exported[0]))
     ids = torch.tensor([[tokenizer.eot_id, *tokenizer.encode(PROMPT)]])
     flags = ["--prompt", PROMPT, "--temperature", 0, "--max_new_tokens", LENGTH, "--device", "cpu"]
-    text = run_here("generate.py", "--checkpoint", trained_run, *flags).stdout.removesuffix("\n")
+    text = script("generate.py", "--checkpoint", exported[0], *flags).stdout.removesuffix("\n")
     return ids[0].tolist(), model.generate(ids, LENGTH, temperature=0)[0].tolist(), text
 
 
 @pytest.mark.parametrize("heading", SNIPPETS)
-def test_a_snippet_continues_a_prompt_as_generate_does(exported, greedy, heading):
+def test_a_snippet_continues_a_prompt_as_generate_does(place, greedy, heading):
     for package in re.findall(r"^(?:import|from) (\w+)", SNIPPETS[heading], re.MULTILINE):
         pytest.importorskip(package)
-    assert files(SNIPPETS[heading]) and all((exported / "exported" / name).exists() for name in files(SNIPPETS[heading]))
+    assert files(SNIPPETS[heading]) and all((place / "exported" / name).exists() for name in files(SNIPPETS[heading]))
     out = io.StringIO()
-    with contextlib.chdir(exported), contextlib.redirect_stdout(out):
+    with contextlib.chdir(place), contextlib.redirect_stdout(out):
         exec(SNIPPETS[heading], {})
     assert out.getvalue().removesuffix("\n") == greedy[2]
 
 
 @pytest.mark.slow
-def test_torchscript_runs_in_cpp(exported, greedy):
+def test_torchscript_runs_in_cpp(place, greedy):
     """Compiled with the libtorch of the pip package, by the commands of the page."""
     if not (shutil.which("cmake") and shutil.which("g++")):
         pytest.skip("needs cmake and g++")
     prompt, expected, _ = greedy
-    (exported / "main.cpp").write_text(blocks("cpp")["TorchScript"])
-    (exported / "CMakeLists.txt").write_text(blocks("cmake")["TorchScript"])
+    (place / "main.cpp").write_text(blocks("cpp")["TorchScript"])
+    (place / "CMakeLists.txt").write_text(blocks("cmake")["TorchScript"])
     build, start = re.search(r"```\n(cmake .*)\n(\./.*)\n```", PAGE).groups()
-    subprocess.run(["bash", "-c", build], cwd=exported, check=True, capture_output=True)
+    subprocess.run(["bash", "-c", build], cwd=place, check=True, capture_output=True)
     command = [start.split()[0], *map(str, prompt)]
-    out = subprocess.run(command, cwd=exported, check=True, capture_output=True, text=True).stdout
+    out = subprocess.run(command, cwd=place, check=True, capture_output=True, text=True).stdout
     assert [*prompt, *map(int, out.split())] == expected
