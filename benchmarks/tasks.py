@@ -16,7 +16,7 @@ from evaluation.tasks import Task, find_tasks, read_task
 from export.hf_folder import write_hf
 from export.verify import Source
 from formats.run_directory import load_model
-from formats.tokenizer import EOT, TextTokenizer
+from formats.tokenizer import TextTokenizer
 from models import GPT
 from preparation import sample_tasks
 from preparation.sample_corpus import load_grammar, stories
@@ -40,12 +40,12 @@ def default_model() -> tuple[GPT, TextTokenizer]:
     return GPT(GPTConfig.nano(vocab_size=tokenizer.vocab_size)).eval(), tokenizer
 
 
-def write_items(task: Task, count: int, path: Path, prefix: str) -> dict:
-    """The first items of a task as a data file; returns the description that both sides read. prefix: stands before what isn't empty."""
+def write_items(task: Task, count: int, path: Path) -> dict:
+    """The first items of a task as a data file; returns the description that both sides read."""
     delimiters = {item.delimiter for item in task.items}
     if task.cloze or len(delimiters) > 1:
         raise ValueError(f"{task.name} is no task of choices behind one delimiter; name another with --task")
-    rows = [{"context": prefix * bool(i.context) + i.context, "choices": i.choices, "gold": i.right} for i in task.items[:count]]
+    rows = [{"context": i.context, "choices": i.choices, "gold": i.right} for i in task.items[:count]]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return DESCRIPTION | {"task": task.name, "dataset_kwargs": {"data_files": {"test": str(path)}}, "target_delimiter": delimiters.pop()}
 
@@ -59,23 +59,23 @@ def measure(rounds: int, checkpoint: str | None, name: str, root: Path, count: i
         from lm_eval.tasks import TaskManager
     except ModuleNotFoundError as error:
         raise ValueError(f"the package {error.name!r} is not installed; run: pip install 'lm-eval[hf]'") from None
-    model, tokenizer = default_model() if checkpoint is None else load_model(checkpoint)[:2]
-    write_hf(Source(model, tokenizer, cwd, {}), cwd / "hf")
+    source = Source(*default_model(), cwd, {}) if checkpoint is None else Source(*load_model(checkpoint))
+    model, tokenizer = source.model, source.tokenizer
+    write_hf(source, cwd / "hf")  # its tokenizer puts the EOT in front of contexts as we do, so both read the same ids
     exported = transformers.AutoModelForCausalLM.from_pretrained(cwd / "hf", local_files_only=True).eval()
     peer = HFLM(pretrained=exported, tokenizer=transformers.AutoTokenizer.from_pretrained(cwd / "hf"), batch_size=BATCH_SIZE)
     tasks, _ = find_tasks([name], root, sample_tasks.MADE)
     if len(tasks) != 1:
         raise ValueError(f"task={name!r} is not one local task; name one with --task")
     task = tasks[0]
-    ours = write_items(task, count, cwd / "ours.jsonl", "")
-    theirs = write_items(task, count, cwd / "theirs.jsonl", EOT)  # our contexts begin with the EOT; so both read the same ids
+    items = write_items(task, count, cwd / "items.jsonl")
     manager, seconds, accuracies = TaskManager(include_defaults=False), {"ours": [], "harness": []}, set()
     for i in range(rounds):
         start = time.perf_counter()
-        scores = run_tasks(model, tokenizer, [read_task(ours, cwd, cwd)], "", {}, BATCH_SIZE)[name]
+        scores = run_tasks(model, tokenizer, [read_task(items, cwd, cwd)], "", {}, BATCH_SIZE)[name]
         seconds["ours"].append(time.perf_counter() - start)
         start = time.perf_counter()
-        found = simple_evaluate(model=peer, tasks=[theirs], task_manager=manager, bootstrap_iters=0)
+        found = simple_evaluate(model=peer, tasks=[items], task_manager=manager, bootstrap_iters=0)
         seconds["harness"].append(time.perf_counter() - start)
         accuracies |= {scores.summary["measures"]["accuracy"]["value"], found["results"][name]["acc,none"]}
         notice(f"round {i + 1} of {rounds}: " + ", ".join(f"{side} {values[-1]:.2f} s" for side, values in seconds.items()))

@@ -107,6 +107,29 @@ def trained_run(tmp_path_factory, sample_dir) -> Path:
     return directory
 
 
+@pytest.fixture(scope="session")
+def gpt2_run(tmp_path_factory, sample_dir) -> Path:
+    """A run directory of a tiny gpt2 model, 3 steps."""
+    import train
+
+    directory = tmp_path_factory.mktemp("gpt2")
+    assert train.main(tiny(arch="gpt2", data_dir=sample_dir, out_dir=directory, max_steps=3)) == 0
+    return directory
+
+
+@pytest.fixture(scope="session", params=["qwen3", "gpt2"])
+def exported(request, tmp_path_factory) -> tuple[Path, Path]:
+    """A run of each family, and a folder with its exports in every format that computes exactly what the model computes."""
+    import export_model
+    from export.formats import FORMATS
+
+    run = request.getfixturevalue("trained_run" if request.param == "qwen3" else "gpt2_run")
+    output = tmp_path_factory.mktemp("exported")
+    names = [name for name, format in FORMATS.items() if format.exact and not format.missing()]
+    assert export_model.main(["--checkpoint", str(run), "--format", *names, "--output", str(output)]) == 0
+    return run, output
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 700 kB."""

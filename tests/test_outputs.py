@@ -272,7 +272,7 @@ def test_overwrite_deletes_and_prepares_nothing_before_all_is_checked(tmp_path, 
     (tmp_path / "a.txt").write_text(TEXT.upper())
     monkeypatch.chdir(tmp_path)
     assert train.main(tiny(dataset="a.txt", tokenizer="byte", out_dir="o", max_steps=1)) == 0
-    monkeypatch.setattr("export_model.find_spec", lambda name: None)
+    monkeypatch.setattr("export.formats.find_spec", lambda name: None)
     refused("train.py", *tiny(dataset="s.txt", tokenizer="byte", out_dir="o", max_steps=1, **wrong), "--overwrite")
 
 
@@ -334,7 +334,7 @@ def test_an_export_replaces_no_file_of_others(tmp_path, run, sample_dir, refused
 
 
 def test_missing_packages_are_told_before_a_training(tmp_path, sample_dir, refused, monkeypatch):
-    monkeypatch.setattr("export_model.find_spec", lambda name: None)
+    monkeypatch.setattr("export.formats.find_spec", lambda name: None)
     assert "pip install transformers" in refused("train.py", *tiny(data_dir=sample_dir, out_dir="o", max_steps=1, export="hf"))
 
 
