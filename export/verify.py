@@ -34,12 +34,13 @@ class Loaded:
     """What was written, as its own runtime loaded it back.
 
     logits: token ids (B, T) int64 -> logits (B, T, V) float32. engine: for formats with a cache of keys and values. encode: text ->
-    token ids, by the tokenizer that lies in the file or beside it.
+    token ids, by the tokenizer that lies in the file or beside it. model: what it must compute where the format rounds weights.
     """
 
     logits: Callable[[Tensor], Tensor]
     engine: Engine | None = None
     encode: Callable[[str], list[int]] | None = None
+    model: GPT | None = None
 
 
 Writer = Callable[[Source, Path], Loaded]  # writes a file or a folder of this name
