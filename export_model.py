@@ -65,10 +65,11 @@ def target_names(formats: Iterable[str], checkpoint: str) -> dict[str, str]:
     return {name: FORMATS[name][0].format(Path(checkpoint).stem) for name in formats}
 
 
-def export(checkpoint: str | Path, formats: Iterable[str], output: Path | None, html_weights: Weights = "auto") -> bool:
+def export(checkpoint: str | Path, formats: Iterable[str], output: Path | None, **options) -> bool:
     """Write the formats beside the checkpoint or into `output`; True if all of them compute what the model computes.
 
-    Raises ValueError, before anything is written, where that would replace the checkpoint or what was not exported.
+    options: as Source has them. Raises ValueError, before anything is written, where that would replace the checkpoint or what was not
+    exported.
     """
     path = find_checkpoint(str(checkpoint))
     output = output or path.parent
@@ -76,12 +77,11 @@ def export(checkpoint: str | Path, formats: Iterable[str], output: Path | None, 
     with sole_writer(output, "export", "output", "export"):
         names = target_names(formats, path.name)
         check_exports(output, names.values(), path)
-        source = Source(*load_model(str(path)))
+        source = Source(*load_model(str(path)), options)
         good = True
         for name, target in names.items():
             with workplace(output) as directory:
-                options = {"weights": html_weights} if name == "html" else {}
-                loaded = FORMATS[name][1](source, directory / target, **options)
+                loaded = FORMATS[name][1](source, directory / target)
                 difference, allowed = largest_difference(loaded.model or source.model, loaded.logits)
                 if difference > allowed:
                     notice(f"error: {name}: logits differ by up to {difference:.1e} (allowed {allowed:.1e}); the file was deleted")
@@ -96,7 +96,8 @@ def export(checkpoint: str | Path, formats: Iterable[str], output: Path | None, 
 
 def main(argv: list[str] | None = None) -> int:
     args = read_command_line(Arguments, argv, __doc__, aliases={"model_path": "checkpoint"})
-    return 0 if export(args.checkpoint, args.format, None if args.output is None else Path(args.output), args.html_weights) else 1
+    output = None if args.output is None else Path(args.output)
+    return 0 if export(args.checkpoint, args.format, output, html_weights=args.html_weights) else 1
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def tokenizer_tables(tokenizer: TextTokenizer) -> dict:
 
 
 def round_weight(weight: Tensor, dtype: str) -> tuple[str, tuple[int, ...], bytes]:
-    """A tensor as the page stores it: its dtype, its shape, its bytes (little-endian). Matrices take `dtype`; vectors, which are few, stay float32.
+    """A tensor as the page stores it: its dtype, its shape, its bytes (little-endian). Matrices take `dtype`, vectors stay float32.
 
     int8: a float32 scale for each row, then the rows in steps of it.
     """
@@ -163,7 +163,7 @@ def choose_dtype(source: Source) -> str:
 
     cost = nats(rounded(source.model, "int8")) / nats(source.model) - 1
     chosen = "int8" if cost < ALLOWED_COST else "float16"  # a NaN is not below
-    notice(f"int8 weights cost {cost:.2%} of bits per byte on {len(tokens):,} tokens of validation text, so they become {chosen}")
+    notice(f"int8 weights cost {cost:+.2%} of bits per byte on {len(tokens):,} tokens of validation text, so they become {chosen}")
     return chosen
 
 
@@ -176,13 +176,19 @@ def for_script(content: object) -> str:
 
 
 def describe_model(source: Source, dtype: str) -> str:
-    """What the page says about the model, in a sentence or two."""
+    """Size, shape and quality of the model in a line."""
     model, config = source.model, source.model.config
-    shape = f"{config.arch}, {config.n_layer} layers of {config.n_embd}, {config.vocab_size:,} tokens, context {config.block_size:,}"
+    size = sum(len(round_weight(weight, dtype)[2]) for weight in model.state_dict().values())
+    facts = [
+        f"{model.num_parameters() / 1e6:.1f} million parameters",
+        f"{size / 1e6:.1f} MB of {dtype}",
+        f"{config.arch}, {config.n_layer} layers of {config.n_embd}",
+        f"{config.vocab_size:,} tokens",
+        f"context {config.block_size:,}",
+    ]
     measured = (source.content.get("val") or {}).get("bits_per_byte")
-    quality = "" if measured is None else f" On validation text it needs {measured:.3f} bits per byte."
-    size = sum(len(round_weight(weight, dtype)[2]) for weight in model.state_dict().values()) / 1e6
-    return f"{model.num_parameters() / 1e6:.1f} million parameters in {size:.1f} MB, {dtype} ({shape}).{quality}"
+    facts += [] if measured is None else [f"{measured:.3f} bits per byte of validation text"]
+    return " · ".join(fact.replace(" ", "\N{NO-BREAK SPACE}") for fact in facts)
 
 
 def page_text(source: Source, dtype: str) -> str:
@@ -192,7 +198,7 @@ def page_text(source: Source, dtype: str) -> str:
     content = {
         "config": asdict(config) | derived,
         "tables": tokenizer_tables(source.tokenizer),
-        "about": describe_model(source, dtype),
+        "details": describe_model(source, dtype),
     }
     tensors = []
     for name, weight in source.model.state_dict().items():
@@ -219,8 +225,9 @@ def read_weights(page: str) -> dict[str, Tensor]:
     return found
 
 
-def write_html(source: Source, path: Path, weights: Weights = "auto") -> Loaded:
+def write_html(source: Source, path: Path) -> Loaded:
     """One file for a browser. Raises ValueError for a tokenizer that the page doesn't know."""
+    weights = source.options.get("html_weights", "auto")
     if reason := why_not_html(source):
         raise ValueError(f"format html: {reason}")
     dtype = choose_dtype(source) if weights == "auto" else weights

@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -21,12 +21,16 @@ TOLERANCE = 1e-4  # how far logits of the same model may differ, in units of the
 
 @dataclass(frozen=True)
 class Source:
-    """What is exported: the network in evaluation mode on the CPU, its tokenizer, the file or HF folder, and all that is in there."""
+    """What is exported: the network in evaluation mode on the CPU, its tokenizer, the file or HF folder, and all that is in there.
+
+    options: what the command line asks of single formats, by the names of its flags.
+    """
 
     model: GPT
     tokenizer: TextTokenizer
     path: Path
     content: dict
+    options: dict[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

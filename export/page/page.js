@@ -24,13 +24,13 @@ const model = (() => {
     open.set(++calls, { on, resolve, reject });
     worker.postMessage({ call: calls, name, args });
   });
-  const { config, tables, about } = JSON.parse($("#model").textContent);
+  const { config, tables, details } = JSON.parse($("#model").textContent);
   const stored = [...document.querySelectorAll(".weights")];
   const tensors = stored.map(({ dataset, textContent }) => ({ ...dataset, shape: dataset.shape.split(" ").map(Number), base64: textContent }));
   const ready = ask("load", { config, tables, tensors });
   stored.forEach((one) => one.remove()); // the worker has them
   return {
-    config, about, ready,
+    config, tables, details, ready,
     encode: (text) => ask("encode", { text }),
     decode: (ids) => ask("decode", { ids }),
     logits: (ids) => ask("logits", { ids }),
@@ -42,37 +42,40 @@ const model = (() => {
 })();
 window.model = model;
 
-const percent = (p) => (p >= 0.001 ? `${(100 * p).toFixed(1)}%` : `${(100 * p).toPrecision(2)}%`);
+const percent = (p) => (p < 0.0005 ? "< 0.1%" : `${(100 * p).toFixed(1)}%`);
 const seen = (name) => name.replace(/^ | $/g, "␣").replaceAll("\n", "⏎").replaceAll("\t", "⇥");
 const said = (name) => name.replaceAll("\n", " new line ").trim() || "space";
 
 /** A text that grows token by token, and the tokens' alternatives, by mouse, touch and keyboard. One stop of the Tab key; arrows move in it. */
 class TokenView {
-  constructor(box) {
-    this.box = box;
-    box.addEventListener("focusin", ({ target }) => target !== box && this.choose(target));
-    box.addEventListener("focusout", hideAlternatives);
-    box.addEventListener("mouseover", ({ target }) => target !== box && showAlternatives(target));
-    box.addEventListener("mouseout", () => (box.contains(document.activeElement) ? showAlternatives(document.activeElement) : hideAlternatives()));
-    box.addEventListener("keydown", (event) => this.move(event));
+  constructor(output) {
+    [this.output, this.box] = [output, $(".tokens", output)];
+    const token = ({ target }) => target.closest("[role=option]");
+    this.box.before($("#scale").content.cloneNode(true));
+    this.box.addEventListener("focusin", (event) => this.choose(token(event)));
+    this.box.addEventListener("focusout", hideAlternatives);
+    this.box.addEventListener("mouseover", (event) => token(event) && showAlternatives(token(event)));
+    this.box.addEventListener("mouseout", () => (this.box.contains(document.activeElement) ? showAlternatives(this.chosen) : hideAlternatives()));
+    this.box.addEventListener("keydown", (event) => this.move(event));
   }
 
   clear() {
     this.box.replaceChildren();
-    [this.box.hidden, this.chosen] = [true, null];
+    [this.output.hidden, this.chosen] = [true, null];
   }
 
   add(token) {
-    const { text, name, bits, p, given, top } = token;
-    const made = element("span", { textContent: text || (token.id === model.config.eot_id ? "end" : ""), className: given ? "given" : "", tabIndex: -1, token });
-    if (!text && made.textContent) made.className = "end";
+    const { id, text, name, bits, p, given, top } = token, end = id === model.tables.eot_id;
+    const [, blanks, ink] = text.trim() ? /^(\s*)(.*)$/s.exec(text) : ["", "", end ? "end" : text]; // a blank alone carries the colour itself
+    const made = element("span", { tabIndex: -1, token, className: given ? "given" : end ? "end" : "" }, blanks, element("i", { textContent: ink }));
     made.role = "option";
     made.style.setProperty("--surprise", Math.min(1, (bits ?? 0) / 12).toFixed(3));
+    made.classList.toggle("line", text.includes("\n"));
     const expected = top.map((best) => `${said(best.name)} ${percent(best.p)}`).join(", ");
     made.ariaLabel = bits === null ? said(name) : `${said(name)}: ${bits.toFixed(1)} bits, ${percent(p)}. Expected: ${expected}`;
     this.box.append(made);
     if (!this.chosen) this.choose(made, false);
-    this.box.hidden = false;
+    this.output.hidden = false;
   }
 
   choose(made, show = true) {
@@ -98,7 +101,6 @@ class TokenView {
 
 function showAlternatives(of) {
   const { token } = of, tip = $("#alternatives");
-  if (!token) return;
   const rows = token.top.map((best) => {
     const row = element("li", { className: best.id === token.id ? "same" : "" }, element("b", { textContent: seen(best.name) }), element("i"), percent(best.p));
     row.style.setProperty("--p", best.p);
@@ -107,7 +109,7 @@ function showAlternatives(of) {
   const figures = token.bits === null ? "the first token that was read" : `${percent(token.p)} · ${token.bits.toFixed(1)} bits`;
   tip.replaceChildren(element("p", {}, element("b", { textContent: seen(token.name) }), figures), element("ol", {}, ...rows));
   tip.hidden = false;
-  const { left, top, bottom } = of.getClientRects()[0] ?? of.getBoundingClientRect();
+  const { left, top, bottom } = $("i", of).getBoundingClientRect();
   const room = document.documentElement.clientWidth - tip.offsetWidth - 12;
   const below = bottom + 8 + tip.offsetHeight < innerHeight || top < tip.offsetHeight + 8;
   tip.style.left = `${Math.max(12, Math.min(left - 12, room)) + scrollX}px`;
@@ -120,7 +122,7 @@ function hideAlternatives() {
 
 /** Connects a form's buttons with a task of the model. run(hear): asks for it, and gives the sentence to end with. */
 function connect(form, run) {
-  const view = new TokenView($(".tokens", form.parentElement)), status = $(".status", form), stop = $(".stop", form);
+  const view = new TokenView($(".output", form.parentElement)), status = $(".status", form), stop = $(".stop", form);
   let current = Promise.resolve(), waiting = [];
   const flush = () => waiting.splice(0).forEach((token) => view.add(token)); // once for each picture that the screen shows
   form.addEventListener("submit", async (event) => {
@@ -133,7 +135,7 @@ function connect(form, run) {
       else if (waiting.push(token) === 1) requestAnimationFrame(flush);
     };
     stop.ariaDisabled = "false";
-    status.textContent = "…";
+    status.textContent = form.dataset.doing;
     current = run(hear).then((sentence) => (status.textContent = sentence), (error) => (status.textContent = error.message));
     await current;
     flush();
@@ -170,4 +172,4 @@ for (const box of document.querySelectorAll("textarea")) {
   });
 }
 document.addEventListener("keydown", (event) => event.key === "Escape" && hideAlternatives());
-$("#about").textContent = model.about;
+$("#details").textContent = model.details;
