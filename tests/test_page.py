@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import time
 from pathlib import Path
 
@@ -22,11 +21,9 @@ from formats.tokenizer import EOT, KINDS, TextTokenizer, gpt2_tokenizer
 from models import GPT
 from preparation import sample_corpus
 from preparation.tokenizer_kinds import make_tokenizer
+from tests.browser import Browser, why_no_browser
 from tests.conftest import tiny
 
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-FLAGS = "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update"
-FLAGS += " --disable-sync --disable-dev-shm-usage --window-size=1280,900"
 TEXTS = [text for text, _ in sample_corpus.stories(sample_corpus.load_grammar(), 0, "test", 40)]
 ODD = ["", " ", "\n\n  \t", "naïve café 北京 🙂", "x" * 300, EOT, f"a{EOT}b", "<|unk|> <|pad|>", "\r\n", "\ufeff", "\x00\x7f"]
 ODD += ["don't we'll I'VE 'tis rock'n'roll's", "a  b   c\u00a0\u3000d\x85e\x1cf", "1234 ½ Ⅷ ৪২", "e\u0301 \u0301 ſ İ ΑΣ Å \u1e9b\u0323"]
@@ -61,65 +58,12 @@ def pages(tmp_path_factory, runs) -> dict[str, Path]:
     return made
 
 
-class Browser:
-    """One session; every page in it is a file."""
-
-    def __init__(self, driver):
-        self.driver = driver
-
-    def open(self, path: Path) -> None:
-        if self.driver.current_url != path.as_uri():
-            self.driver.get(path.as_uri())
-            self.ask("ready")
-
-    def ask(self, call: str, *args):
-        """The value of `model.<call>`, which is a promise."""
-        script = f"""const [...args] = arguments, done = args.pop();
-            Promise.resolve(model.{call}).then((value) => done({{ value }}), (error) => done({{ error: String(error) }}));"""
-        answer = self.driver.execute_async_script(script, *args)
-        assert "error" not in answer, answer
-        return answer["value"]
-
-    def find(self, selector: str):
-        return self.driver.find_element("css selector", selector)
-
-    def all(self, selector: str) -> list:
-        return self.driver.find_elements("css selector", selector)
-
-    def until(self, condition, seconds: float = 60) -> None:
-        end = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < end
-            time.sleep(0.02)
-
-    def idle(self, form: str) -> bool:
-        return self.find(f"#{form} .stop").get_attribute("aria-disabled") == "true"
-
-    def generate(self, **values) -> None:
-        """Fill the form and press Generate."""
-        for name, value in values.items():
-            self.driver.execute_script("document.getElementById(arguments[0]).value = arguments[1]", name, str(value))
-        self.find("#write .main").click()
-
-
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    if not (CHROMIUM and DRIVER):
-        pytest.skip("no chromium and chromedriver here (Debian: apt-get install chromium chromium-driver)")
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in (*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    try:
-        driver.set_script_timeout(60)
-        driver.get("about:blank")
-        driver.get_log("performance")  # what the browser's own first page asked for
-        yield Browser(driver)
-    finally:
-        driver.quit()
+    if reason := why_no_browser():
+        pytest.skip(reason)
+    with Browser(tmp_path_factory.mktemp("chromium")) as browser:
+        yield browser
 
 
 @pytest.fixture
