@@ -18,32 +18,37 @@ function float16Values() {
   });
 }
 
-/** One tensor of the file as float32. int8: a float32 scale for each row stands before the values. Bytes are little-endian, as are CPUs. */
+/**
+ * One tensor of the file: a vector as Float32Array; a matrix as {values, scales}, whose rows are to be multiplied by their scale (null: by
+ * nothing). int8 stays int8, since reading fewer bytes is faster; there the scales stand before the values, all little-endian as CPUs are.
+ */
 function readTensor({ dtype, shape }, base64, float16) {
   const { buffer } = fromBase64(base64);
   if (dtype === "float32") return new Float32Array(buffer);
-  const [rows, columns] = shape, values = new Float32Array(rows * columns);
-  const stored = dtype === "int8" ? new Int8Array(buffer, 4 * rows) : new Uint16Array(buffer);
-  const scales = new Float32Array(buffer, 0, rows);
-  for (let row = 0, i = 0; row < rows; row++) {
-    for (const end = i + columns; i < end; i++) values[i] = dtype === "int8" ? stored[i] * scales[row] : float16[stored[i]];
-  }
-  return values;
+  if (dtype === "int8") return { values: new Int8Array(buffer, 4 * shape[0]), scales: new Float32Array(buffer, 0, shape[0]) };
+  const stored = new Uint16Array(buffer), values = new Float32Array(stored.length);
+  for (let i = 0; i < values.length; i++) values[i] = float16[stored[i]];
+  return { values, scales: null };
 }
 
-/** out = weight x + bias, where weight has a row for each value of out. Four sums, since one would wait for itself. */
-function linear(out, weight, bias, x) {
+/** out = a row of a matrix. */
+function takeRow(out, { values, scales }, row) {
+  for (let i = 0, at = row * out.length; i < out.length; i++) out[i] = values[at + i] * (scales ? scales[row] : 1);
+}
+
+/** out = matrix x + bias, where the matrix has a row for each value of out. Four sums, since one would wait for itself. */
+function linear(out, { values, scales }, bias, x) {
   const columns = x.length, even = columns - (columns % 4);
   for (let row = 0, at = 0; row < out.length; row++, at += columns) {
     let a = 0, b = 0, c = 0, d = 0, i = 0;
     for (; i < even; i += 4) {
-      a += weight[at + i] * x[i];
-      b += weight[at + i + 1] * x[i + 1];
-      c += weight[at + i + 2] * x[i + 2];
-      d += weight[at + i + 3] * x[i + 3];
+      a += values[at + i] * x[i];
+      b += values[at + i + 1] * x[i + 1];
+      c += values[at + i + 2] * x[i + 2];
+      d += values[at + i + 3] * x[i + 3];
     }
-    for (; i < columns; i++) a += weight[at + i] * x[i];
-    out[row] = a + b + c + d + (bias ? bias[row] : 0);
+    for (; i < columns; i++) a += values[at + i] * x[i];
+    out[row] = (a + b + c + d) * (scales ? scales[row] : 1) + (bias ? bias[row] : 0);
   }
 }
 
@@ -79,16 +84,16 @@ function add(x, y) {
 }
 
 class Network {
-  /** config: the fields of GPTConfig. weights: GPT's parameter names -> Float32Array. */
+  /** config: the fields of GPTConfig. weights: GPT's parameter names -> what `readTensor` gives. */
   constructor(config, weights) {
     Object.assign(this, { config, weights, length: 0 });
-    const { n_layer, n_embd, kv_heads, head_dim, block_size, mlp_width, vocab_size } = config;
+    const { arch, n_layer, n_embd, kv_heads, head_dim, block_size, mlp_width, vocab_size } = config;
     const wide = (size) => new Float32Array(size);
     const layer = () => ({ keys: wide(block_size * kv_heads * head_dim), values: wide(block_size * kv_heads * head_dim) });
     this.cache = Array.from({ length: n_layer }, layer);
     this.qkv = wide(n_embd + 2 * kv_heads * head_dim);
     [this.x, this.h, this.mixed, this.features] = [0, 1, 2, 3].map(() => wide(n_embd));
-    [this.inner, this.scores, this.logits] = [wide(weights["h.0.mlp.c_fc.weight"].length / n_embd), wide(block_size), wide(vocab_size)];
+    [this.inner, this.scores, this.logits] = [wide(mlp_width * (arch === "qwen3" ? 2 : 1)), wide(block_size), wide(vocab_size)];
     this.middle = this.inner.subarray(0, mlp_width);
     [this.cos, this.sin] = [wide(head_dim / 2), wide(head_dim / 2)];
   }
@@ -109,11 +114,14 @@ class Network {
 
   /** Read a token behind those before; afterwards `features` (C) is what the output layer reads. */
   read(id) {
-    const { config, weights, x, h, inner, middle, length: position } = this, C = config.n_embd, rotary = config.arch === "qwen3";
+    const { config, weights, x, h, inner, middle, length: position } = this, rotary = config.arch === "qwen3";
     if (position >= config.block_size) throw new Error(`more than block_size=${config.block_size} tokens`);
-    x.set(weights["wte.weight"].subarray(id * C, id * C + C));
+    takeRow(x, weights["wte.weight"], id);
     if (rotary) this.turn(position);
-    else add(x, weights["wpe.weight"].subarray(position * C, position * C + C));
+    else {
+      takeRow(h, weights["wpe.weight"], position);
+      add(x, h);
+    }
     this.length++;
     for (let layer = 0; layer < config.n_layer; layer++) {
       const block = `h.${layer}`;

@@ -17,9 +17,14 @@ function sample(logits, { temperature, top_k, top_p }, random) {
   let best = 0;
   for (let id = 1; id < logits.length; id++) if (logits[id] > logits[best]) best = id;
   if (temperature < 1e-6) return best;
-  const weights = Float64Array.from(logits, (logit) => Math.exp((logit - logits[best]) / temperature));
-  let ids = weights.map((_, id) => id);
-  const sum = () => ids.reduce((total, id) => total + weights[id], 0);
+  const weights = new Float64Array(logits.length);
+  for (let id = 0; id < logits.length; id++) weights[id] = Math.exp((logits[id] - logits[best]) / temperature);
+  let ids = Uint32Array.from(weights.keys());
+  const sum = () => {
+    let total = 0;
+    for (const id of ids) total += weights[id];
+    return total;
+  };
   if (top_k || top_p) ids.sort((a, b) => weights[b] - weights[a]);
   if (top_k) ids = ids.subarray(0, top_k);
   if (top_p) {
@@ -29,7 +34,8 @@ function sample(logits, { temperature, top_k, top_p }, random) {
     ids = ids.subarray(0, kept);
   }
   let rest = random() * sum();
-  return ids.find((id) => (rest -= weights[id]) < 0) ?? ids[ids.length - 1];
+  for (const id of ids) if ((rest -= weights[id]) < 0) return id;
+  return ids[ids.length - 1];
 }
 
 /** How a model's prediction (logits) met a token: its probability p, how many bits of surprise that is, and the five most probable ids. */
