@@ -82,7 +82,7 @@ def export(checkpoint: str | Path, formats: Iterable[str], output: Path | None, 
         for name, target in names.items():
             with workplace(output) as directory:
                 loaded = FORMATS[name][1](source, directory / target)
-                difference, allowed = largest_difference(loaded.model or source.model, loaded.logits)
+                difference, allowed = largest_difference(loaded.reference or source.model, loaded.logits)
                 if difference > allowed:
                     notice(f"error: {name}: logits differ by up to {difference:.1e} (allowed {allowed:.1e}); the file was deleted")
                     good = False

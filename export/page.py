@@ -139,7 +139,7 @@ def validation_tokens(source: Source) -> np.ndarray:
 
     Raises FileNotFoundError, ValueError where they aren't there any more or are others.
     """
-    names = source.content.get("train_config", {}).get("data_dir", ())
+    names = source.options.get("data_dir") or source.content.get("train_config", {}).get("data_dir", ())
     if not names:
         raise FileNotFoundError(f"{source.path} doesn't say on what data it was trained")
     parts = []
@@ -238,4 +238,4 @@ def write_html(source: Source, path: Path) -> Loaded:
     assert written.keys() == expected.keys() and all(torch.equal(written[name], expected[name]) for name in expected), "weights read back"
     reloaded = copy.deepcopy(meant)
     reloaded.load_state_dict(written)
-    return Loaded(lambda ids: reloaded(ids)[0], model=meant)
+    return Loaded(lambda ids: reloaded(ids)[0], reference=meant)

@@ -38,13 +38,14 @@ class Loaded:
     """What was written, as its own runtime loaded it back.
 
     logits: token ids (B, T) int64 -> logits (B, T, V) float32. engine: for formats with a cache of keys and values. encode: text ->
-    token ids, by the tokenizer that lies in the file or beside it. model: what it must compute where the format rounds weights.
+    token ids, by the tokenizer that lies in the file or beside it. reference: for formats whose numbers are rounded, the network that
+    computes with the rounded numbers, where there is one to compare with.
     """
 
     logits: Callable[[Tensor], Tensor]
     engine: Engine | None = None
     encode: Callable[[str], list[int]] | None = None
-    model: GPT | None = None
+    reference: GPT | None = None
 
 
 Writer = Callable[[Source, Path], Loaded]  # writes a file or a folder of this name
