@@ -28,7 +28,7 @@ TEXTS = [text for text, _ in sample_corpus.stories(sample_corpus.load_grammar(),
 ODD = ["", " ", "\n\n  \t", "naïve café 北京 🙂", "x" * 300, EOT, f"a{EOT}b", "<|unk|> <|pad|>", "\r\n", "\ufeff", "\x00\x7f"]
 ODD += ["don't we'll I'VE 'tis rock'n'roll's", "a  b   c\u00a0\u3000d\x85e\x1cf", "1234 ½ Ⅷ ৪২", "e\u0301 \u0301 ſ İ ΑΣ Å \u1e9b\u0323"]
 ODD += ["👩\u200d👩\u200d👧 🏳️\u200d🌈", "## a##b #", "</script><!--"]
-SETTINGS = {"max_examples": 25, "deadline": None}
+SETTINGS = {"max_examples": 12, "deadline": None}
 
 
 # ---------------------------------------------------------------- models and the browser
@@ -77,13 +77,13 @@ def calm(browser):
     assert [url for url in asked if not url.startswith(("file:", "blob:"))] == []
 
 
-def random_page(tokenizer: TextTokenizer, dtype: str, folder: Path, **shape) -> tuple[Path, GPT]:
+def random_page(tokenizer: TextTokenizer, dtype: str, folder: Path, scale: float = 0.3, **shape) -> tuple[Path, GPT]:
     """The page of a network with random weights, large enough for logits that differ, and the network with the page's weights."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, **shape)).eval()
     with torch.no_grad():
         for weight in model.parameters():
-            weight.copy_(torch.randn_like(weight) * (0.3 if weight.dim() == 2 else 0.1) + (weight.dim() == 1))
+            weight.copy_(torch.randn_like(weight) * (scale if weight.dim() == 2 else 0.1) + (weight.dim() == 1))
     path = folder / "page.html"
     path.write_text(page.page_text(Source(model, tokenizer, path, {}), dtype), encoding="utf-8")
     return path, page.rounded(model, dtype)
@@ -119,6 +119,17 @@ def test_logits_are_those_of_torch_with_the_same_weights(family, pages, calm):
 @pytest.mark.parametrize("dtype", ["int8", "float16"])
 def test_logits_of_unusual_shapes(shape, dtype, tmp_path, calm):
     path, model = random_page(make_tokenizer("byte", [], 0), dtype, tmp_path, block_size=40, **shape)
+    calm.open(path)
+    check_logits(calm, model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["qwen3", "gpt2"])
+@pytest.mark.parametrize("dtype", ["int8", "float16"])
+def test_logits_of_mini(arch, dtype, tmp_path, calm):
+    """With weights as a training starts from, four times as large: logits as a trained model has them."""
+    tokenizer = make_tokenizer("bpe", TEXTS, 4096)
+    path, model = random_page(tokenizer, dtype, tmp_path, scale=0.08, block_size=128, n_layer=6, n_head=6, n_embd=384, arch=arch)
     calm.open(path)
     check_logits(calm, model)
 

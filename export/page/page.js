@@ -14,6 +14,7 @@ const model = (() => {
   const worker = new Worker(URL.createObjectURL(new Blob([$("#worker").textContent], { type: "text/javascript" })));
   const open = new Map();
   let calls = 0;
+  worker.onerror = () => ($("#details").textContent = "This browser doesn't let the page compute; try another one.");
   worker.onmessage = ({ data }) => {
     const { on, resolve, reject } = open.get(data.call);
     if (!("result" in data) && !("error" in data)) return on(data);
@@ -109,10 +110,10 @@ function showAlternatives(of) {
   const figures = token.bits === null ? "the first token that was read" : `${percent(token.p)} · ${token.bits.toFixed(1)} bits`;
   tip.replaceChildren(element("p", {}, element("b", { textContent: seen(token.name) }), figures), element("ol", {}, ...rows));
   tip.hidden = false;
-  const { left, top, bottom } = $("i", of).getBoundingClientRect();
+  const { left, right, top, bottom } = $("i", of).getBoundingClientRect();
   const room = document.documentElement.clientWidth - tip.offsetWidth - 12;
   const below = bottom + 8 + tip.offsetHeight < innerHeight || top < tip.offsetHeight + 8;
-  tip.style.left = `${Math.max(12, Math.min(left - 12, room)) + scrollX}px`;
+  tip.style.left = `${Math.max(12, Math.min((left + right - tip.offsetWidth) / 2, room)) + scrollX}px`;
   tip.style.top = `${(below ? bottom + 8 : top - tip.offsetHeight - 8) + scrollY}px`;
 }
 
@@ -173,3 +174,4 @@ for (const box of document.querySelectorAll("textarea")) {
 }
 document.addEventListener("keydown", (event) => event.key === "Escape" && hideAlternatives());
 $("#details").textContent = model.details;
+model.ready.catch((error) => ($("#details").textContent = `The model can't be loaded: ${error.message}`));
