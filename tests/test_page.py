@@ -318,7 +318,7 @@ def test_writing_can_be_stopped_and_the_page_answers_meanwhile(pages, calm):
     calm.open(pages["qwen3"] / "best_model.html")
     calm.generate(prompt="Once upon a time", max_new_tokens=10**9, temperature=0, seed=3)
     calm.until(lambda: len(calm.all("#write ~ .output .tokens span")) > 30)
-    longest = """let last = performance.now(), longest = 0, left = 20; const done = arguments[0];
+    longest = """let last = performance.now(), longest = 0, left = 6; const done = arguments[0];
         (function frame(now) {
             [longest, last] = [Math.max(longest, now - last), now];
             left-- ? requestAnimationFrame(frame) : done(longest);
