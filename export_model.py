@@ -38,6 +38,8 @@ class Arguments(Checked):
     """Replace earlier exports; whatever else stands there stays."""
     data_dir: tuple[str, ...] = ()
     """Prepared data on which quality is measured. Default: what the model was trained on."""
+    html_weights: Literal["auto", "float16", "int8"] = "auto"
+    """Numbers in the page of --format html; auto takes int8 where that costs less than 1% of bits per byte."""
 
     def problems(self) -> list[str]:
         return [] if self.format else [f"--format needs at least one of {', '.join(FORMATS)}"]

@@ -20,7 +20,7 @@ class Format:
     file: what the file or folder is called; {} stands for the checkpoint's name without its ending. writer: where its Writer stands,
     as module:name. help: what it is and for whom, in a line. packages: what writes or checks it, beside torch, as pip calls them.
     beside: whether tokenizer.json and config.json are to lie beside it; other formats hold all of that.
-    exact: whether it must compute what the model computes; else numbers are rounded, and `export.quality` measures at what cost.
+    exact: whether it must compute what the model, or the `reference` that its writer names, computes; else numbers are rounded, and `export.quality` measures at what cost.
     fits: where a function (Source) -> str | None stands that says why a model can't have this format, None where it can.
     """
 
@@ -57,6 +57,9 @@ FORMATS = {
     "pt": Format("{}.slim.pt", "export.slim:write_slim", "a checkpoint of weights only, for all scripts here"),
     "torchscript": Format("{}.ts.pt", "export.graphs:write_torchscript", "one file for torch.jit.load, in Python or C++", beside=True),
     "torch_export": Format("{}.pt2", "export.graphs:write_torch_export", "one file for torch.export.load", beside=True),
+    "html": Format(
+        "{}.html", "export.page:write_html", "a page to talk to, for any browser, without a network", fits="export.page:why_not_html"
+    ),
     "hf": Format("hf", "export.hf_folder:write_hf", "a folder for transformers, and what reads its GPT-2 and Qwen3", ("transformers",)),
 }
 

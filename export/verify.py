@@ -206,7 +206,7 @@ def verify(source: Source, loaded: Loaded, exact: bool, bar: tqdm) -> dict[str, 
     exact: else its numbers are rounded, and only have to be there, or to be those of its reference. Returns the figures. Raises Mismatch
     at the first check that fails.
     """
-    block, model = source.model.config.block_size, source.model if exact else loaded.reference
+    block, model = source.model.config.block_size, loaded.reference or (source.model if exact else None)
     bar.reset(len(example_shapes(block)) + (greedy_steps(block, prompt_rows(source)[0].size(1)) if model else 0))
     difference, allowed = largest_difference(model or source.model, loaded.logits, bar.update)
     if not difference <= (allowed if model else sys.float_info.max):
