@@ -1,95 +1,108 @@
 """Checkpoint -> files that run elsewhere. Each is loaded back and compared with the model before it gets its name.
 
-    python export_model.py
-    python export_model.py --format onnx torchscript
-    python export_model.py --checkpoint checkpoints/stories --format hf --output ./exported
-
-onnx         best_model.onnx: one file, input_ids (batch, length) int64 -> logits (batch, length, vocabulary) float32
-torchscript  best_model.ts.pt: the same function for torch.jit.load, in Python or C++ without this repository
-hf           hf/: a folder for transformers (AutoModelForCausalLM, AutoTokenizer) and all that reads its GPT-2 and Qwen3
+python export_model.py
+python export_model.py --format onnx torchscript
+python export_model.py --checkpoint checkpoints/stories --format hf --output ./exported
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Literal
 
 from utils import Checked, notice, read_command_line, run_script
 
 import torch
+from tqdm import tqdm
 
-from export.graphs import write_onnx, write_torchscript
-from export.hf_folder import write_hf
-from export.verify import Source, largest_difference, put_in_place, workplace
+from export.companions import companions, write_companions
+from export.formats import ALL, FORMATS, chosen, fitting, table, target_names
+from export.verify import Mismatch, Source, put_in_place, verify, workplace
 from formats.export_record import add_record, check_exports
 from formats.outputs import sole_writer
 from formats.run_directory import find_checkpoint, load_model
-
-# name -> what the file or folder is called ({} stands for the checkpoint's name without its ending), and what writes and reloads it
-FORMATS = {"onnx": ("{}.onnx", write_onnx), "torchscript": ("{}.ts.pt", write_torchscript), "hf": ("hf", write_hf)}
-PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "hf": ("transformers",)}  # what writes or checks a format, beside torch
 
 
 @dataclass(frozen=True)
 class Arguments(Checked):
     """Flags of export_model.py."""
 
-    format: tuple[Literal[*FORMATS], ...] = ("onnx",)
-    """What to write, one or several; without this flag onnx."""
+    format: tuple[Literal[*FORMATS, ALL], ...] = ("onnx",)
+    """What to write, one or several; all of them, or without this flag onnx. The names stand above."""
     checkpoint: str = "./checkpoints"
     """A .pt file, an HF folder, or a run directory, also by its name below ./checkpoints. Default: the newest finished run there."""
     output: str | None = None
     """Directory for the files. Default: beside the checkpoint."""
+    overwrite: bool = False
+    """Replace earlier exports; whatever else stands there stays."""
+    data_dir: tuple[str, ...] = ()
+    """Prepared data on which quality is measured. Default: what the model was trained on."""
 
     def problems(self) -> list[str]:
         return [] if self.format else [f"--format needs at least one of {', '.join(FORMATS)}"]
 
 
-def check_formats(formats: Iterable[str]) -> None:
-    """Raises ValueError for a name that is no format, or whose packages are missing; train.py asks before it trains."""
-    if unknown := [name for name in formats if name not in FORMATS]:
-        raise ValueError(f"unknown format {', '.join(unknown)}; take {', '.join(FORMATS)}")
-    for name in formats:
-        if missing := [package for package in PACKAGES.get(name, ()) if not find_spec(package)]:
-            raise ValueError(f"format {name} needs packages that are not installed; run: pip install {' '.join(missing)}")
+def write_verified(source: Source, name: str, path: Path) -> dict[str, float]:
+    """Write one format, load it back, compare: the figures of what was measured. Raises Mismatch where it isn't the same model."""
+    format = FORMATS[name]
+    with tqdm(desc=f"{name}: writing", bar_format="{desc}{postfix} {elapsed}", disable=None, leave=False) as bar:
+        loaded = format.write(source, path)
+        bar.bar_format = None
+        bar.set_description(f"{name}: checking")
+        figures = verify(source, loaded, format.exact, bar)
+    return figures if format.exact else figures | resolve_name("export.quality:measure")(source, loaded)
 
 
-def target_names(formats: Iterable[str], checkpoint: str) -> dict[str, str]:
-    """Format -> what its file or folder is called. checkpoint: the name of what is exported, e.g. best_model.pt."""
-    return {name: FORMATS[name][0].format(Path(checkpoint).stem) for name in formats}
+def tell(figures: dict[str, float]) -> str:
+    """The figures of an export in a few words."""
+    words = [resolve_name("export.quality:sentence")(figures)] if "bits_per_byte" in figures else []
+    words.append(f"largest difference of a logit {figures['largest_logit_difference']:.1e}")
+    if "greedy_tokens" in figures:
+        ties = f" but for {figures['greedy_ties']} ties" if figures["greedy_ties"] else ""
+        words.append(f"{figures['greedy_tokens']} greedy tokens the same{ties}")
+    if "texts_encoded" in figures:
+        words.append(f"{figures['texts_encoded']} texts encoded alike")
+    return ", ".join(words)
 
 
-def export(checkpoint: str | Path, formats: Iterable[str], output: Path | None) -> bool:
+def export(checkpoint: str | Path, formats: Iterable[str], output: Path | None, overwrite: bool, **options) -> bool:
     """Write the formats beside the checkpoint or into `output`; True if all of them compute what the model computes.
 
-    Raises ValueError, before anything is written, where that would replace the checkpoint or what was not exported.
+    overwrite: whether earlier exports may be replaced. options: as Source has them. Raises ValueError, before anything is written, where
+    that would replace the checkpoint or what was not exported.
     """
-    path = find_checkpoint(str(checkpoint))
+    path, formats = find_checkpoint(str(checkpoint)), [*formats]
     output = output or path.parent
-    check_formats(formats)
     with sole_writer(output, "export", "output", "export"):
-        names = target_names(formats, path.name)
-        check_exports(output, names.values(), path)
-        source = Source(*load_model(str(path)))
+        check_exports(output, target_names(chosen(formats), path.name).values(), path, overwrite)
+        source = Source(*load_model(str(path)), options)
+        names = target_names(fitting(formats, source), path.name)
+        beside = companions(source, output, overwrite) if any(FORMATS[name].beside for name in names) else {}
         good = True
         for name, target in names.items():
             with workplace(output) as directory:
-                difference, allowed = largest_difference(source.model, FORMATS[name][1](source, directory / target).logits)
-                if difference > allowed:
-                    notice(f"error: {name}: logits differ by up to {difference:.1e} (allowed {allowed:.1e}); the file was deleted")
+                try:
+                    figures = write_verified(source, name, directory / target)
+                except Mismatch as error:
+                    notice(f"error: {name}: {error}; {target} was deleted")
                     good = False
                     continue
-                entry = {"format": name, "checkpoint": path.name, "largest_logit_difference": difference, "torch": torch.__version__}
-                add_record(output, target, entry)  # first: what has its name is known to be ours
+                entry = {"format": name, "checkpoint": path.name, "torch": torch.__version__}
+                add_record(output, target, entry | figures)  # first: what has its name is known to be ours
                 put_in_place(directory / target, output / target)
-            print(f"{output / target}: largest difference of a logit {difference:.1e}")
+            if FORMATS[name].beside:
+                write_companions(output, beside, path.name)
+                beside = {}
+            print(f"{output / target}: {tell(figures)}")
     return good
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = read_command_line(Arguments, argv, __doc__, aliases={"model_path": "checkpoint"})
-    return 0 if export(args.checkpoint, args.format, None if args.output is None else Path(args.output)) else 1
+    args = read_command_line(Arguments, argv, f"{__doc__}\n{table()}", aliases={"model_path": "checkpoint"})
+    output = None if args.output is None else Path(args.output)
+    options = {name: value for name, value in vars(args).items() if name not in ("checkpoint", "format", "output", "overwrite")}
+    return 0 if export(args.checkpoint, args.format, output, args.overwrite, **options) else 1
 
 
 if __name__ == "__main__":

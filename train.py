@@ -212,9 +212,9 @@ def run(args: Arguments, asked: dict[str, object], device: str, processes: Proce
     writable = os.access(run_dir, os.W_OK) or not run_dir.is_dir()  # else only a finished run can say that it is there
     with sole_trainer(run_dir, args.train.tensorboard) if processes.first and writable else contextlib.nullcontext():
         if args.export:
-            import export_model
+            from export.formats import chosen, target_names
 
-            check_exports(run_dir, export_model.target_names(args.export, BEST).values(), run_dir / BEST)
+            check_exports(run_dir, target_names(chosen(args.export), BEST).values(), run_dir / BEST, overwrite=True)
         start = read_inputs(args, asked, run_dir, processes)
         finished = start.finished_step(args.overwrite, args.resume)
         if finished is None:
@@ -232,15 +232,17 @@ def run(args: Arguments, asked: dict[str, object], device: str, processes: Proce
                 print(f"{run_dir} holds this very run, finished at step {finished}")
     if not args.export or not processes.first:
         return 0
-    return 0 if export_model.export(run_dir / BEST, args.export, run_dir) else 1
+    import export_model
+
+    return 0 if export_model.export(run_dir / BEST, args.export, run_dir, overwrite=True) else 1
 
 
 def main(argv: list[str] | None = None) -> int:
     args, asked = read_arguments(argv, __doc__)
     if args.export:
-        import export_model
+        from export.formats import chosen
 
-        export_model.check_formats(args.export)
+        chosen(args.export)  # what isn't installed is told before the training
     processes = Processes()
     device = processes.start(choose_device(args.train.device))
     half = max(1, args.train.batch_size // 2)

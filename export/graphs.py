@@ -1,4 +1,7 @@
-"""The network as a graph that runs without this repository: token ids (B, T) int64 -> logits (B, T, V) float32, T up to block_size."""
+"""The network as a graph that runs without this repository: token ids (B, T) int64 -> logits (B, T, V) float32, T up to block_size.
+
+Each file also holds two texts, `tokenizer` and `config`, see export.companions.properties.
+"""
 
 import contextlib
 import io
@@ -9,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from export.companions import encoder, properties
 from export.verify import Loaded, Source, example_ids
 from formats.outputs import write_atomically
 from models import GPT
@@ -23,21 +27,42 @@ class LogitsOnly(nn.Module):
         return self.model(input_ids)[0]
 
 
+def examples(model: GPT) -> tuple[tuple[Tensor], dict]:
+    """Token ids to export a graph with, and which of their sizes may be others: any batch, any length up to block_size."""
+    block = model.config.block_size
+    length = torch.export.Dim("length", max=block) if block > 1 else torch.export.Dim.STATIC
+    return (example_ids(model, 2, min(block, max(2, block // 2))),), {"input_ids": {0: torch.export.Dim("batch"), 1: length}}
+
+
 def write_onnx(source: Source, path: Path) -> Loaded:
     """One file for onnxruntime and other runtimes."""
     import onnxruntime
 
-    model, block = source.model, source.model.config.block_size
-    sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=block)}
     options = {"dynamo": True, "input_names": ["input_ids"], "output_names": ["logits"]}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # the exporter reports its own steps
         warnings.simplefilter("ignore")
-        example = example_ids(model, 2, max(2, block // 2))
-        program = torch.onnx.export(LogitsOnly(model), (example,), dynamic_shapes={"input_ids": sizes}, **options)
-    write_atomically(path, lambda file: file.write(program.model_proto.SerializeToString()))
+        ids, sizes = examples(source.model)
+        proto = torch.onnx.export(LogitsOnly(source.model), ids, dynamic_shapes=sizes, **options).model_proto
+    for name, text in properties(source).items():
+        proto.metadata_props.add(key=name, value=text)
+    write_atomically(path, lambda file: file.write(proto.SerializeToString()))
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return Loaded(lambda ids: torch.from_numpy(session.run(["logits"], {"input_ids": ids.numpy()})[0]))
+    inside = session.get_modelmeta().custom_metadata_map
+    encode = encoder(inside["tokenizer"], source.tokenizer.eot_id)
+    return Loaded(lambda ids: torch.from_numpy(session.run(["logits"], {"input_ids": ids.numpy()})[0]), encode=encode)
+
+
+def write_torch_export(source: Source, path: Path) -> Loaded:
+    """One file for torch.export.load."""
+    ids, sizes = examples(source.model)
+    program = torch.export.export(LogitsOnly(source.model), ids, dynamic_shapes=sizes)
+    content = io.BytesIO()
+    torch.export.save(program, content, extra_files=properties(source))
+    write_atomically(path, lambda file: file.write(content.getbuffer()))
+    inside = {"tokenizer": ""}  # torch fills it in
+    loaded = torch.export.load(str(path), extra_files=inside).module()
+    return Loaded(loaded, encode=encoder(inside["tokenizer"], source.tokenizer.eot_id))
 
 
 def follow_the_input(traced: torch.jit.ScriptModule) -> None:
@@ -61,6 +86,8 @@ def write_torchscript(source: Source, path: Path) -> Loaded:
         traced = torch.jit.trace(LogitsOnly(source.model), example, check_trace=False)
         follow_the_input(traced)
         content = io.BytesIO()
-        torch.jit.save(traced, content)  # into memory: on a full disk torch's own writer ends the process
+        torch.jit.save(traced, content, _extra_files=properties(source))  # into memory: on a full disk torch's own writer ends the process
         write_atomically(path, lambda file: file.write(content.getbuffer()))
-        return Loaded(torch.jit.load(str(path)))
+        inside = {"tokenizer": ""}  # torch fills it in, with bytes
+        loaded = torch.jit.load(str(path), _extra_files=inside)
+        return Loaded(loaded, encode=encoder(inside["tokenizer"].decode(), source.tokenizer.eot_id))

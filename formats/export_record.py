@@ -31,8 +31,11 @@ def read_record(directory: Path) -> dict[str, dict]:
         return {}
 
 
-def check_exports(directory: Path, names: Iterable[str], checkpoint: Path) -> None:
-    """Raise ValueError where an export of a checkpoint under one of these names would replace that checkpoint, or what is no export."""
+def check_exports(directory: Path, names: Iterable[str], checkpoint: Path, overwrite: bool) -> None:
+    """Raise ValueError where an export of a checkpoint under one of these names would replace that checkpoint, or what is no export.
+
+    overwrite: whether it may replace an earlier export.
+    """
     other = "move it away or choose another --output"
     recorded = _read(directory, other)
     for target in (directory / name for name in names):
@@ -40,11 +43,13 @@ def check_exports(directory: Path, names: Iterable[str], checkpoint: Path) -> No
             raise ValueError(f"{target} is what would be exported, and writing there would delete it; choose another --output")
         if os.path.lexists(target) and (target.name not in recorded or (target.is_dir() and target.suffix)):  # only folders have none
             raise ValueError(f"{target} is not in {RECORD}, so it is no export to replace; {other}")
+        if os.path.lexists(target) and not overwrite:
+            raise ValueError(f"{target} was exported before; replace it with --overwrite, or choose another --output")
 
 
 def add_record(directory: Path, name: str, entry: dict) -> None:
     """Add what was exported as `name`, a file or folder in the directory; earlier entries stay. Raises OSError.
 
-    entry: format, checkpoint (a name, no path), largest_logit_difference, torch (its version).
+    entry: format, checkpoint (a name, no path), torch (its version), and the figures of its verification.
     """
     write_json(directory / RECORD, {"files": read_record(directory) | {name: entry}})

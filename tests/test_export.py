@@ -14,6 +14,7 @@ import torch
 
 import export_model
 from config import GPTConfig
+from export.formats import chosen
 from export.graphs import write_onnx, write_torchscript
 from export.verify import Loaded, Source, example_ids, largest_difference
 from formats.export_record import RECORD, add_record, read_record
@@ -74,13 +75,11 @@ def test_a_folder_for_transformers(family, trained_run, gpt2_run, sample_dir, tm
 
 
 def test_a_file_that_computes_something_else_is_deleted(trained_run, tmp_path, monkeypatch, capsys):
-    file_name, write = export_model.FORMATS["onnx"]
-
     def wrong(source, path):
-        loaded = write(source, path)
+        loaded = write_onnx(source, path)
         return Loaded(lambda ids: loaded.logits(ids) + 1e-3)
 
-    monkeypatch.setitem(export_model.FORMATS, "onnx", (file_name, wrong))
+    monkeypatch.setattr("export.graphs.write_onnx", wrong)
     assert export_model.main(["--checkpoint", str(trained_run), "--format", "onnx", "--output", str(tmp_path)]) == 1
     assert list(tmp_path.iterdir()) == [] and "the file was deleted" in capsys.readouterr().err
 
@@ -199,4 +198,4 @@ def test_mistakes_are_one_sentence(mistake, trained_run, tmp_path):
     assert "--format needs at least one of onnx" in mistake("export_model.py", "--format", "--checkpoint", trained_run, cwd=tmp_path)
     assert "no checkpoint at" in mistake("export_model.py", "--format", "onnx", cwd=tmp_path)
     with pytest.raises(ValueError, match="unknown format gif"):
-        export_model.check_formats(["onnx", "gif"])
+        chosen(["onnx", "gif"])
