@@ -98,4 +98,4 @@ def fitting(names: Collection[str], source: Source) -> list[str]:
 
 def target_names(names: Iterable[str], checkpoint: str) -> dict[str, str]:
     """Format -> what its file or folder is called. checkpoint: the name of what is exported, e.g. best_model.pt."""
-    return {name: FORMATS[name].file.format(Path(checkpoint).stem) for name in names}
+    return {name: FORMATS[name].file.format(Path(checkpoint).stem.removesuffix(".slim")) for name in names}

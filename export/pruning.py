@@ -4,11 +4,12 @@ Layers go first, then neurons of the MLPs, then single weights, each chosen in w
 model. What each way costs, and what training gives back afterwards: MEASUREMENTS.md.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Literal
 
-from utils import Checked, Natural, ProperFraction, parse_weighted
+from utils import Checked, Natural, ProperFraction
 
 import numpy as np
 import torch
@@ -39,6 +40,10 @@ class Pruning(Checked):
     """Share of the neurons that is removed from every block's MLP: those that matter least on training data."""
     prune_layers: Natural = 0
     """How many layers are removed: one after the other the one without which the validation loss is lowest."""
+
+    def problems(self) -> list[str]:
+        scope = type(self).prune_scope
+        return [] if self.prune or self.prune_scope == scope else ["only --prune needs --prune_scope; say how much, e.g. --prune 0.3"]
 
     def __bool__(self) -> bool:
         return bool(self.prune or self.prune_mlp or self.prune_layers)
@@ -80,7 +85,10 @@ def importance(model: GPT, rows: Tensor) -> Tensor:
     squares = torch.zeros(model.config.n_layer, model.config.mlp_width)
 
     def adding(layer: int) -> Callable:
-        return lambda _, inputs: squares[layer].add_(inputs[0].square().sum(dim=(0, 1)))
+        def add(_, inputs: tuple[Tensor]) -> None:  # what it returned would take the place of the activations
+            squares[layer] += inputs[0].square().sum(dim=(0, 1))
+
+        return add
 
     hooks = [block.mlp.c_proj.register_forward_pre_hook(adding(layer)) for layer, block in enumerate(model.h)]
     try:
@@ -148,23 +156,6 @@ def with_fewer_layers(model: GPT, count: int, loss: Callable[[GPT], float]) -> t
 # ---------------------------------------------------------------- the data, and all of it
 
 
-def open_data(source: Source, names: Sequence[str]) -> list[DataDirectory]:
-    """The data directories that are named, or else those that the model was trained on. Raises ValueError, FileNotFoundError."""
-    trained_on = [parse_weighted(name)[0] for name in source.content["train_config"].get("data_dir", ())]
-    if not names and not trained_on:
-        raise ValueError(f"{source.path} doesn't say what it was trained on, and pruning measures on such data; pass --data_dir")
-    directories = []
-    for name in names or trained_on:
-        try:
-            directories.append(DataDirectory(name, source.tokenizer))
-        except FileNotFoundError:
-            if names:
-                raise
-            raise FileNotFoundError(f"{source.path} was trained on {name}, which isn't there; pass --data_dir with such data") from None
-        directories[-1].check_tokenizer(source.tokenizer, "the model", "tokenizer.json (the model's run directory holds one)")
-    return directories
-
-
 def sample_windows(directories: list[DataDirectory], block_size: int) -> Tensor:
     """About SAMPLE_TOKENS training tokens as windows (B, T) int64, from each directory as many; always the same ones.
 
@@ -186,37 +177,44 @@ def measure(model: GPT, prefix: Prefix, eot_id: int) -> dict[str, float | None]:
     return {name: summary[name] for name in ("loss", "bits_per_byte")}
 
 
-def pruned(source: Source, pruning: Pruning, names: Sequence[str]) -> tuple[Source, dict]:
-    """A smaller or sparser model in place of the source's, and what was done to it at what cost, for export.json.
+def smaller(source: Source, asked: Pruning, loss: Callable[[GPT], float]) -> tuple[GPT, list[str]]:
+    """The pruned model, and in words what was done to it. loss: on validation data. Raises ValueError."""
+    model, done = source.model, []
+    config = model.config
+    if asked.prune_mlp:
+        remaining_width(config, asked.prune_mlp)  # refused before the search for layers takes its time
+    if asked.prune_layers:
+        model, removed = with_fewer_layers(model, asked.prune_layers, loss)
+        done.append(f"without layer{'s' * (len(removed) > 1)} {', '.join(map(str, removed))} of 0 to {config.n_layer - 1}")
+    if asked.prune_mlp:
+        model = with_fewer_neurons(model, asked.prune_mlp, sample_windows(source.data, config.block_size))
+        done.append(f"{model.config.mlp_width} of {config.mlp_width} neurons left in each MLP")
+    if asked.prune:
+        model = with_zeros(model, asked.prune, asked.prune_scope)
+        done.append(f"zeros: {asked.prune:g} of the weights inside the blocks (by {asked.prune_scope})")
+    return model, done
 
-    names: data directories, see `open_data`. Raises ValueError for amounts that this model can't lose, and for data that isn't its own.
+
+def pruned(source: Source, asked: Pruning, output: Path) -> tuple[Source, dict]:
+    """What is exported in place of the source, and what export.json says of it: what was done, and loss and bits per byte before and after.
+
+    Raises ValueError for amounts that this model can't lose, for an output where the model's own exports stand, and without its data.
     """
-    data = open_data(source, names)
-    prefix, eot_id = split_prefix(data[0], "val", SAMPLE_TOKENS), source.tokenizer.eot_id
-    model, done, record = source.model, [], {}
-    before = measure(model, prefix, eot_id)
-    if pruning.prune_mlp:
-        remaining_width(model.config, pruning.prune_mlp)  # before the search for layers takes its time
-    if pruning.prune_layers:
-        model, removed = with_fewer_layers(model, pruning.prune_layers, lambda smaller: measure(smaller, prefix, eot_id)["loss"])
-        record["layers_removed"] = removed
-        done.append(f"without layer{'s' * (len(removed) > 1)} {', '.join(map(str, removed))} of 0 to {source.model.config.n_layer - 1}")
-    if pruning.prune_mlp:
-        model = with_fewer_neurons(model, pruning.prune_mlp, sample_windows(data, model.config.block_size))
-        record["n_hidden"] = model.config.mlp_width
-        done.append(f"{model.config.mlp_width} of {source.model.config.mlp_width} neurons left in each MLP")
-    if pruning.prune:
-        model = with_zeros(model, pruning.prune, pruning.prune_scope)
-        record |= {"zeros": pruning.prune, "scope": pruning.prune_scope}
-        done.append(f"zeros: {pruning.prune:g} of the weights inside the blocks ({pruning.prune_scope})")
+    if output.resolve() == source.path.resolve().parent:
+        raise ValueError(f"{output} is where exports of the whole model stand; choose another --output for the pruned one")
+    prefix, eot_id = split_prefix(source.data[0], "val", SAMPLE_TOKENS), source.tokenizer.eot_id
+    before = measure(source.model, prefix, eot_id)
+    model, done = smaller(source, asked, lambda tried: measure(tried, prefix, eot_id)["loss"])
     after = measure(model, prefix, eot_id)
-    record |= {"parameters": [source.model.num_parameters(), model.num_parameters()], "tokens": len(prefix.tokens)}
-    record |= {"before": before, "after": after}
     unit, name = ("loss", "nats per token") if before["bits_per_byte"] is None else ("bits_per_byte", "bits/byte")
-    done.append(f"{before[unit]:.4f} -> {after[unit]:.4f} {name} on the first {len(prefix.tokens):,} tokens of {data[0].name}")
+    where = f"the first {len(prefix.tokens):,} validation tokens of {Path(source.data[0].name).resolve().name}"
+    done += [f"{source.model.num_parameters():,} -> {model.num_parameters():,} parameters"]
+    done += [f"{before[unit]:.4f} -> {after[unit]:.4f} {name} on {where}"]
+    print(f"pruned: {'; '.join(done)}")
     earlier = (source.content.get("init_from") or {}).get("pruned")
     origin = {"name": str(source.path), "sha256": model_hash(source.model, source.tokenizer)}
     origin["pruned"] = "; then ".join(filter(None, [earlier, "; ".join(done)]))
-    content = {key: value for key, value in source.content.items() if key != "resume"}  # the optimizers' state doesn't fit any more
-    content |= {"model_config": asdict(model.config), "model": model.state_dict(), "val": after, "init_from": origin}
-    return replace(source, model=model, content=content), record
+    content = {key: value for key, value in source.content.items() if key not in ("resume", "val")}  # they are of another model
+    content |= {"model_config": asdict(model.config), "model": model.state_dict(), "init_from": origin}
+    amounts = {key: value for key, value in asdict(asked).items() if value and (key != "prune_scope" or asked.prune)}
+    return replace(source, model=model, content=content), {"pruned": amounts | {"what": origin["pruned"], "before": before, "after": after}}

@@ -1,9 +1,12 @@
 """Pruning: what is left computes what the model computes without the parts taken out, the least important go, and every stage takes it."""
 
 import copy
+import json
+import re
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -11,7 +14,11 @@ from torch.nn.utils import prune as reference
 
 from config import GPTConfig
 from export.pruning import importance, remaining_width, with_fewer_layers, with_fewer_neurons, with_zeros, without_layer
+from formats.checkpoint import load_checkpoint
+from formats.export_record import read_record
+from formats.run_directory import load_model
 from models import GPT
+from tests.conftest import tiny
 
 SHAPES = {
     "gpt2": {"arch": "gpt2"},
@@ -78,12 +85,15 @@ def test_dead_neurons_go_first(shape):
 
 @torch.inference_mode()
 def test_importance_is_how_much_of_the_stream_a_neuron_writes():
-    """Beside what each neuron alone adds to the residual stream: its root mean square over tokens, summed over the width."""
-    model, written = random_model("qwen3", n_layer=1), []
-    model.h[0].mlp.c_proj.register_forward_pre_hook(lambda module, inputs: written.append(inputs[0][..., None] * module.weight.T))
-    found = importance(model, ids(11))  # (1, 96); more rows than are read at once
-    alone = torch.cat(written)  # (B, T, 96, C)
-    torch.testing.assert_close(found[0], alone.square().mean(dim=(0, 1)).sum(dim=-1).sqrt())
+    """What each neuron alone adds there: its root mean square over tokens, summed over the width. Looking at it changes nothing."""
+    model, written = random_model("qwen3"), []
+    found = importance(model, ids(11))  # (3, 96); more rows than are read at once
+    for block in model.h:
+        block.mlp.c_proj.register_forward_hook(lambda module, inputs, _: written.append(inputs[0][..., None] * module.weight.T))
+    expected = model(ids(11))[0]
+    alone = torch.stack(written)  # (layers, B, T, 96, C)
+    torch.testing.assert_close(found, alone.square().mean(dim=(1, 2)).sum(dim=-1).sqrt())
+    assert torch.equal(model(ids(11))[0], expected)
 
 
 @given(st.integers(1, 4096), st.floats(0, 0.999))
@@ -150,7 +160,7 @@ def matrices(model: GPT) -> list[torch.Tensor]:
 @torch.no_grad()
 @pytest.mark.parametrize("scope", ["matrix", "global"])
 @pytest.mark.parametrize("shape", SHAPES)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(share=st.floats(0, 0.99))
 def test_zeros_are_where_torch_puts_them(shape, scope, share):
     """torch.nn.utils.prune zeroes the smallest weights too: exactly as many, and the largest survive."""
@@ -179,3 +189,98 @@ def test_zeros_stay_where_a_model_is_pruned_again():
     assert all(torch.equal(weight, directly[name]) for name, weight in again.items())
     same = with_zeros(once, 0.3, "matrix").state_dict()
     assert all(torch.equal(weight, same[name]) for name, weight in once.state_dict().items())
+
+
+# ---------------------------------------------------------------- the command
+
+
+@pytest.fixture(scope="module")
+def gpt2_run(tmp_path_factory, sample_dir):
+    import train
+
+    run = tmp_path_factory.mktemp("gpt2")
+    assert train.main(tiny(arch="gpt2", data_dir=sample_dir, out_dir=run, max_steps=3)) == 0
+    return run
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt2"])
+def test_every_stage_takes_a_pruned_model(family, trained_run, gpt2_run, sample_dir, script, tmp_path):
+    run, output, healed = trained_run if family == "qwen3" else gpt2_run, tmp_path / "pruned", tmp_path / "healed"
+    amounts = ("--prune_layers", 1, "--prune_mlp", 0.3, "--prune", 0.5)
+    told = script("export_model.py", "--checkpoint", run, "--format", "pt", "hf", *amounts, "--output", output).stdout
+    model, _, path, content = load_model(str(output))
+    assert path == output / "best_model.slim.pt"
+    assert (model.config.n_layer, model.config.n_hidden) == (1, 64)  # of 128 neurons 89.6 may stay
+    assert all((weight == 0).float().mean() == pytest.approx(0.5, abs=1e-3) for weight in matrices(model))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(output / "hf").eval()
+    rows = torch.randint(512, (3, 17), generator=torch.Generator().manual_seed(2))
+    with torch.inference_mode():
+        torch.testing.assert_close(theirs(rows).logits, model(rows)[0], atol=1e-4, rtol=0)
+    assert "resume" not in content and "val" not in content and content["init_from"]["name"] == str(run / "best_model.pt")
+    entries = {name: read_record(output)[name]["pruned"] for name in ("best_model.slim.pt", "hf")}
+    assert entries["hf"] == entries["best_model.slim.pt"] and entries["hf"]["prune_mlp"] == 0.3
+    assert content["init_from"]["pruned"] == entries["hf"]["what"] and entries["hf"]["what"] in told
+    assert entries["hf"]["what"] in (output / "hf" / "README.md").read_text()
+    assert str(tmp_path) not in json.dumps(entries)
+    script("evaluate.py", "--checkpoint", output, "--data_dir", sample_dir, "--split", "val", "--output", tmp_path / "metrics.json")
+    measured = json.loads((tmp_path / "metrics.json").read_text())[str(sample_dir)]["val"]  # all of it is measured when pruning, too
+    assert entries["hf"]["after"]["bits_per_byte"] == pytest.approx(measured["bits_per_byte"], rel=1e-6)
+    assert script("generate.py", "--checkpoint", output, "--prompt", "Once", "--max_new_tokens", 5).stdout
+    script("train.py", "--init_from", output, "--data_dir", sample_dir, "--out_dir", healed, "--max_steps", 2, "--device", "cpu")
+    assert load_model(str(healed))[0].config.n_hidden == 64 and load_checkpoint(healed / "best_model.pt")["init_from"]["name"] == str(
+        output
+    )
+
+
+def test_pruning_twice_is_told_and_always_gives_the_same(trained_run, script, tmp_path):
+    for name, source, amount in (("one", trained_run, ("--prune_mlp", 0.3)), ("two", tmp_path / "one", ("--prune_layers", 1))):
+        command = ("--checkpoint", source, "--format", "pt", *amount, "--output", tmp_path / name)
+        script("export_model.py", *command)
+        first = load_checkpoint(tmp_path / name / "best_model.slim.pt")
+        script("export_model.py", *command, "--overwrite")
+        content = load_checkpoint(tmp_path / name / "best_model.slim.pt")
+        assert all(torch.equal(weight, first["model"][key]) for key, weight in content["model"].items())
+    assert content["model_config"]["n_layer"] == 1 and content["model_config"]["n_hidden"] == 64
+    assert re.search("64 of 128 neurons left in each MLP; .*; then without layer [01] of 0 to 1; ", content["init_from"]["pruned"])
+
+
+MISTAKES = {
+    "prune=1.0 must be less than 1": ("--prune", 1.0),
+    "prune=-0.1 must be at least 0": ("--prune", -0.1),
+    "prune_mlp=1.5 must be less than 1": ("--prune_mlp", 1.5),
+    "prune_mlp=0.9 would leave nothing of an MLP of 128 neurons": ("--prune_mlp", 0.9, "--prune_layers", 1),
+    "prune_layers=2, but the model has 2 layers and one must stay": ("--prune_layers", 2),
+    "prune_layers=-1 must be at least 0": ("--prune_layers", -1),
+    "only --prune needs --prune_scope": ("--prune_layers", 1, "--prune_scope", "global"),
+    "was prepared with another tokenizer": ("--prune", 0.5, "--data_dir", "other"),
+    "no data directory at nowhere": ("--prune", 0.5, "--data_dir", "nowhere"),
+}
+
+
+@pytest.mark.parametrize(("sentence", "amounts"), MISTAKES.items())
+def test_amounts_that_a_model_cannot_lose(trained_run, mistake, tmp_path, sentence, amounts):
+    if "other" in amounts:
+        import prepare_data
+
+        (tmp_path / "text.txt").write_text("A line of text.\n" * 300)
+        prepare_data.prepare(
+            prepare_data.Arguments(input=(str(tmp_path / "text.txt"),), tokenizer="byte", output=str(tmp_path / "other"), report=False)
+        )
+    command = ("--checkpoint", trained_run, "--format", "pt", *amounts, "--output", tmp_path / "pruned")
+    assert sentence in mistake("export_model.py", *command, cwd=tmp_path)
+    assert not (tmp_path / "pruned").exists()
+
+
+def test_a_pruned_model_has_a_place_of_its_own(trained_run, mistake, tmp_path):
+    assert "place of its own with --output" in mistake("export_model.py", "--checkpoint", trained_run, "--prune", 0.5, cwd=tmp_path)
+    beside = mistake("export_model.py", "--checkpoint", trained_run, "--prune", 0.5, "--output", trained_run, cwd=tmp_path)
+    assert "choose another --output for the pruned one" in beside
+
+
+def test_without_its_data_a_model_is_not_pruned(trained_run, mistake, script, sample_dir, tmp_path):
+    """An HF folder doesn't say what its model was trained on; --data_dir does."""
+    script("export_model.py", "--checkpoint", trained_run, "--format", "hf", "--output", tmp_path)
+    command = ("--checkpoint", tmp_path / "hf", "--format", "pt", "--prune_mlp", 0.3, "--output", tmp_path / "pruned")
+    assert "--data_dir" in mistake("export_model.py", *command, cwd=tmp_path)
+    script("export_model.py", *command, "--data_dir", sample_dir, cwd=tmp_path)
+    assert load_model(str(tmp_path / "pruned" / "hf.slim.pt"))[0].config.n_hidden == 64
