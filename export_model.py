@@ -6,7 +6,7 @@ python export_model.py --checkpoint checkpoints/stories --format hf --output ./e
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Literal
@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from export.companions import companions, write_companions
 from export.formats import ALL, FORMATS, chosen, fitting, table, target_names
+from export.pruning import Pruning, pruned
 from export.verify import Mismatch, Source, put_in_place, verify, workplace
 from formats.export_record import add_record, check_exports
 from formats.outputs import sole_writer
@@ -41,8 +42,12 @@ class Arguments(Checked):
     html_weights: Literal["auto", "float16", "int8"] = "auto"
     """Numbers in the page of --format html; auto takes int8 where that costs less than 1% of bits per byte."""
 
+    pruning: Pruning = field(default_factory=Pruning)
+
     def problems(self) -> list[str]:
-        return [] if self.format else [f"--format needs at least one of {', '.join(FORMATS)}"]
+        problems = [] if self.format else [f"--format needs at least one of {', '.join(FORMATS)}"]
+        homeless = self.pruning and self.output is None
+        return problems + (["a pruned model is another one; give it a place of its own with --output"] if homeless else [])
 
 
 def write_verified(source: Source, name: str, path: Path) -> dict[str, float]:
@@ -78,7 +83,9 @@ def export(checkpoint: str | Path, formats: Iterable[str], output: Path | None, 
     output = output or path.parent
     with sole_writer(output, "export", "output", "export"):
         check_exports(output, target_names(chosen(formats), path.name).values(), path, overwrite)
-        source = Source(*load_model(str(path)), options)
+        source, done = Source(*load_model(str(path)), options), {}
+        if options.get("pruning"):
+            source, done = pruned(source, options["pruning"], output)
         names = target_names(fitting(formats, source), path.name)
         beside = companions(source, output, overwrite) if any(FORMATS[name].beside for name in names) else {}
         good = True
@@ -91,7 +98,7 @@ def export(checkpoint: str | Path, formats: Iterable[str], output: Path | None, 
                     good = False
                     continue
                 entry = {"format": name, "checkpoint": path.name, "torch": torch.__version__}
-                add_record(output, target, entry | figures)  # first: what has its name is known to be ours
+                add_record(output, target, entry | done | figures)  # first: what has its name is known to be ours
                 put_in_place(directory / target, output / target)
             if FORMATS[name].beside:
                 write_companions(output, beside, path.name)

@@ -15,6 +15,7 @@ from evaluation.measures import (
     ratio_interval,
     score_tokens,
     summarize,
+    text_bytes,
     why_no_bits_per_byte,
 )
 from formats.data_directory import DTYPE, DataDirectory
@@ -64,6 +65,39 @@ def from_directory(data: DataDirectory, split: str) -> HeldOut:
     tokens = np.asarray(data.tokens(split))
     held_out = _held_out(tokens, read_texts(data.tokenizer, tokens), data.entropy(split))
     return held_out if data.meta is None else replace(held_out, n_bytes=data.meta["splits"][split]["bytes"])
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The fixed beginning of a split on which training validates. tokens: (n,) uint16; n_bytes: their text, None if it can't be counted;
+    entropy_bits: what a perfect model of the sample corpus needs for the same documents, None for other data."""
+
+    tokens: np.ndarray
+    n_bytes: int | None
+    entropy_bits: float | None
+
+
+def split_prefix(data: DataDirectory, split: str, limit: int) -> Prefix:
+    """The whole split if it has at most `limit` tokens, else its beginning, up to the last document that ends before the limit.
+
+    A first document longer than the limit is cut, between characters.
+    """
+    tokens = data.tokens(split)
+    whole = len(tokens) <= limit
+    if not whole:
+        ends = np.flatnonzero(tokens[:limit] == data.tokenizer.eot_id)
+        cut = int(ends[-1]) + 1 if len(ends) else limit
+        while not len(ends) and cut > 1 and data.tokenizer.decode(tokens[:cut].tolist()).endswith("\ufffd"):
+            cut -= 1
+        tokens = tokens[:cut]
+    tokens = np.asarray(tokens)
+    n_bytes = None
+    if why_no_bits_per_byte(data.tokenizer, tokens) is None:
+        n_bytes = data.meta["splits"][split]["bytes"] if whole and data.meta else text_bytes(data.tokenizer, tokens)
+    entropy = data.entropy(split)
+    documents = int((tokens == data.tokenizer.eot_id).sum())
+    whole_documents = len(tokens) > 0 and tokens[-1] == data.tokenizer.eot_id
+    return Prefix(tokens, n_bytes, sum(entropy[:documents]) if entropy is not None and whole_documents else None)
 
 
 def model_hash(model: GPT, tokenizer: TextTokenizer) -> str:

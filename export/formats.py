@@ -20,7 +20,8 @@ class Format:
     file: what the file or folder is called; {} stands for the checkpoint's name without its ending. writer: where its Writer stands,
     as module:name. help: what it is and for whom, in a line. packages: what writes or checks it, beside torch, as pip calls them.
     beside: whether tokenizer.json and config.json are to lie beside it; other formats hold all of that.
-    exact: whether it must compute what the model, or the `reference` that its writer names, computes; else numbers are rounded, and `export.quality` measures at what cost.
+    exact: whether it must compute what the model computes, or the `reference` that its writer names; else numbers are rounded, and
+    `export.quality` measures at what cost.
     fits: where a function (Source) -> str | None stands that says why a model can't have this format, None where it can.
     """
 
@@ -101,4 +102,4 @@ def fitting(names: Collection[str], source: Source) -> list[str]:
 
 def target_names(names: Iterable[str], checkpoint: str) -> dict[str, str]:
     """Format -> what its file or folder is called. checkpoint: the name of what is exported, e.g. best_model.pt."""
-    return {name: FORMATS[name].file.format(Path(checkpoint).stem) for name in names}
+    return {name: FORMATS[name].file.format(Path(checkpoint).stem.removesuffix(".slim")) for name in names}

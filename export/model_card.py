@@ -78,8 +78,9 @@ def _budget(source: Source) -> str | None:
         return None
     windows = config["batch_size"] * config["gradient_accumulation_steps"]
     budget = f"{step:,} steps of {windows:,} windows of {block:,} tokens: {step * windows * block:,} tokens"
-    origin = (source.content.get("init_from") or {}).get("name")
-    began = f"It started from {PurePath(origin).name}." if origin else "It started from random weights."
+    origin = source.content.get("init_from") or {}
+    began = f"It started from {PurePath(origin['name']).name}." if origin else "It started from random weights."
+    began = f"Then it was pruned: {origin['pruned']}." if "pruned" in origin else began
     return f"## Training\n\n{budget}, with {config['optimizer']} and seed {config['seed']}. {began}"
 
 

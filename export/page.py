@@ -10,17 +10,16 @@ import json
 import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
 
-from utils import notice, parse_weighted
+from utils import notice
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from evaluation.measures import document_ends, score_tokens
+from evaluation.held_out import split_prefix
+from evaluation.measures import score_tokens
 from export.verify import Loaded, Source
-from formats.data_directory import DataDirectory
 from formats.outputs import write_text
 from formats.tokenizer import TextTokenizer, bytes_of_token
 from models import GPT
@@ -29,7 +28,6 @@ PARTS = Path(__file__).parent / "page"
 WORKER = ("tokenizer.js", "network.js", "sampling.js", "worker.js")
 TENSOR = '<script type="text/plain" class="weights" data-name="{}" data-dtype="{}" data-shape="{}">{}</script>'
 STORED = re.compile(TENSOR.replace("{}", '([^<"]*)'))
-Weights = Literal["auto", "float16", "int8"]
 ALLOWED_COST = 0.01  # of bits per byte, for what `auto` chooses
 SCORED = 50_000  # tokens of the validation split on which the cost is measured, to whole documents
 # (model, decoders) of the tokenizers that tokenizer.js knows -> what it calls them
@@ -127,33 +125,10 @@ def rounded(model: GPT, dtype: str) -> GPT:
     return copied
 
 
-def first_documents(tokens: np.ndarray, eot_id: int, count: int) -> np.ndarray:
-    """The whole documents among the first `count` tokens; a longer document is cut."""
-    ends = document_ends(tokens[:count], eot_id)
-    whole = ends if tokens[ends[-1] - 1] == eot_id or len(ends) == 1 else ends[:-1]
-    return tokens[: whole[-1]]
-
-
-def validation_tokens(source: Source) -> np.ndarray:
-    """About SCORED tokens (n,) uint16 of the validation documents that the model was trained beside.
-
-    Raises FileNotFoundError, ValueError where they aren't there any more or are others.
-    """
-    names = source.options.get("data_dir") or source.content.get("train_config", {}).get("data_dir", ())
-    if not names:
-        raise FileNotFoundError(f"{source.path} doesn't say on what data it was trained")
-    parts = []
-    for name in names:
-        data = DataDirectory(parse_weighted(name)[0], source.tokenizer)
-        data.check_tokenizer(source.tokenizer, "the model", "tokenizer.json")
-        parts.append(first_documents(data.tokens("val"), source.tokenizer.eot_id, max(1, SCORED // len(names))))
-    return np.concatenate(parts)
-
-
 def choose_dtype(source: Source) -> str:
     """The smaller of int8 and float16 whose cost is below 1% of bits per byte on validation text; told in a line."""
     try:
-        tokens = validation_tokens(source)
+        tokens = np.concatenate([split_prefix(data, "val", SCORED // len(source.data)).tokens for data in source.data])
     except (FileNotFoundError, ValueError) as error:
         notice(f"the weights become float16, since what int8 costs can't be measured: {error}")
         return "float16"

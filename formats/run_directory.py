@@ -65,7 +65,7 @@ def find_checkpoint(name: str) -> Path:
     """What `--checkpoint NAME` means: a .pt file; a run directory (its best model), an HF folder, or the name of one below ./checkpoints.
 
     ./checkpoints itself (the default) and `best_model.pt` alone mean the newest finished run at or below ./checkpoints, as does any other
-    directory that only holds runs; where none has finished, the newest one.
+    directory that only holds runs; where none has finished, the newest one. A directory of exports means the slim checkpoint there.
 
     Raises FileNotFoundError that lists what there is.
     """
@@ -79,7 +79,7 @@ def find_checkpoint(name: str) -> Path:
                 return path / BEST
             models = sorted(path.rglob(BEST), key=lambda model: model.stat().st_mtime, reverse=True)
             finished = (model for model in models if _has_finished(model.parent))
-            found = next(chain(finished, models, step_checkpoints(path)), None)
+            found = next(chain(finished, models, step_checkpoints(path), sorted(path.glob("*.slim.pt"))), None)
             if found is not None:
                 return found
     there = ", ".join(sorted(map(str, HOME.rglob(BEST))))

@@ -15,14 +15,13 @@ import prepare_data
 from config import GPTConfig
 from evaluate import main
 from evaluation import held_out, measures
-from evaluation.held_out import compare_with_entropy
+from evaluation.held_out import compare_with_entropy, split_prefix
 from evaluation.measures import batches_of_windows, score_tokens, strided_windows, windows_by_length
 from formats.data_directory import DataDirectory
 from formats.scores import read_scores
 from models import GPT
 from preparation.tokenizer_kinds import char_tokenizer, train_bpe
 from tests.runs import documents
-from training.validation import split_prefix
 
 
 def evaluate(run, *args, code=0, output=None) -> dict:

@@ -2,54 +2,20 @@
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from utils import derived_seed
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from config import TrainConfig
-from evaluation.measures import score_tokens, summarize, text_bytes, why_no_bits_per_byte
+from evaluation.held_out import split_prefix
+from evaluation.measures import score_tokens, summarize
 from formats.data_directory import DataDirectory
 from formats.tokenizer import TextTokenizer
 from generation.streaming import continue_text, encode_prompt
 from models import GPT
 from training.learner import Learner
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """The fixed beginning of a split on which training validates. tokens: (n,) uint16; n_bytes: their text, None if it can't be counted;
-    entropy_bits: what a perfect model of the sample corpus needs for the same documents, None for other data."""
-
-    tokens: np.ndarray
-    n_bytes: int | None
-    entropy_bits: float | None
-
-
-def split_prefix(data: DataDirectory, split: str, limit: int) -> Prefix:
-    """The whole split if it has at most `limit` tokens, else its beginning, up to the last document that ends before the limit.
-
-    A first document longer than the limit is cut, between characters.
-    """
-    tokens = data.tokens(split)
-    whole = len(tokens) <= limit
-    if not whole:
-        ends = np.flatnonzero(tokens[:limit] == data.tokenizer.eot_id)
-        cut = int(ends[-1]) + 1 if len(ends) else limit
-        while not len(ends) and cut > 1 and data.tokenizer.decode(tokens[:cut].tolist()).endswith("\ufffd"):
-            cut -= 1
-        tokens = tokens[:cut]
-    tokens = np.asarray(tokens)
-    n_bytes = None
-    if why_no_bits_per_byte(data.tokenizer, tokens) is None:
-        n_bytes = data.meta["splits"][split]["bytes"] if whole and data.meta else text_bytes(data.tokenizer, tokens)
-    entropy = data.entropy(split)
-    documents = int((tokens == data.tokenizer.eot_id).sum())
-    whole_documents = len(tokens) > 0 and tokens[-1] == data.tokenizer.eot_id
-    return Prefix(tokens, n_bytes, sum(entropy[:documents]) if entropy is not None and whole_documents else None)
 
 
 def sample_text(model: GPT, tokenizer: TextTokenizer, config: TrainConfig, step: int) -> str:
