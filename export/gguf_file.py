@@ -29,6 +29,7 @@ Quant = gguf.GGMLQuantizationType
 Weights = dict[str, tuple[np.ndarray, Quant]]  # name -> content, bytes where it is rounded, and how it is stored
 ARCHITECTURES = {"gpt2": gguf.MODEL_ARCH.GPT2, "qwen3": gguf.MODEL_ARCH.QWEN3}
 FILE_TYPES = {Quant.F32: gguf.LlamaFileType.ALL_F32, Quant.Q8_0: gguf.LlamaFileType.MOSTLY_Q8_0, Quant.Q4_0: gguf.LlamaFileType.MOSTLY_Q4_0}
+BITS = {Quant.F32: 32, Quant.Q8_0: 8, Quant.Q4_0: 4}  # of most weights
 # our field -> its key behind the name of the family
 SHAPE = {"block_size": "context_length", "n_layer": "block_count", "n_embd": "embedding_length", "n_hidden": "feed_forward_length"}
 SHAPE |= {"n_head": "attention.head_count"}
@@ -72,7 +73,7 @@ def to_gguf(model: GPT) -> dict[str, np.ndarray]:
 
 def from_gguf(config: GPTConfig, weights: dict[str, np.ndarray]) -> GPT:
     """The network of these weights, in evaluation mode. Raises ValueError where names or shapes are not those of the configuration."""
-    names = _names(config)
+    config, names = dataclasses.replace(config, bias=config.arch == "gpt2"), _names(config)
     found = {names.get(name, name): _turned(config, name, torch.from_numpy(weight.copy())) for name, weight in weights.items()}
     model = GPT(config)
     model.load_state_dict(from_hf(config, found))
@@ -180,15 +181,15 @@ def _stored(model: GPT, quant: Quant) -> Weights:
     return {name: (gguf.quants.quantize(weight, kinds[name]), kinds[name]) for name, weight in weights.items()}
 
 
-def _measurable(source: Source, path: Path, model: GPT) -> tuple[Measurable, Measurable]:
+def _measurable(source: Source, path: Path, quant: Quant, model: GPT) -> tuple[Measurable, Measurable]:
     """The same model in float32 and a rounded file, by llama.cpp; where there is none, by our network with the numbers of each."""
     whole, config = path.with_name("float32.gguf"), source.model.config
     _write(source, whole, Quant.F32, _stored(source.model, Quant.F32))
-    sizes = [file.stat().st_size for file in (whole, path)]
+    facts = [{"size": file.stat().st_size, "bits": BITS[kind]} for file, kind in ((whole, Quant.F32), (path, quant))]
     if files := open_files([whole, path], config.block_size):
-        return tuple(Measurable(size, file.score, file.pace, "llama.cpp") for size, file in zip(sizes, files))
+        return tuple(Measurable(runtime="llama.cpp", score=file.score, pace=file.pace, **fact) for file, fact in zip(files, facts))
     scores = [of_logits(lambda ids, net=net: net(ids)[0], config) for net in (source.model, model)]
-    return tuple(Measurable(size, score, None, "our network") for size, score in zip(sizes, scores))
+    return tuple(Measurable(runtime="our network", score=score, pace=None, **fact) for score, fact in zip(scores, facts))
 
 
 def _export(source: Source, path: Path, quant: Quant) -> Loaded:
@@ -205,7 +206,7 @@ def _export(source: Source, path: Path, quant: Quant) -> Loaded:
     if quant == Quant.F32:
         return loaded
     rounded = from_gguf(source.model.config, {name: gguf.quants.dequantize(*content) for name, content in stored.items()})
-    return dataclasses.replace(loaded, reference=rounded, rounded=_measurable(source, path, model))
+    return dataclasses.replace(loaded, reference=rounded, rounded=_measurable(source, path, quant, model))
 
 
 def write_gguf(source: Source, path: Path) -> Loaded:
