@@ -42,11 +42,11 @@ def why_not(source: Source) -> str | None:
     """Why llama.cpp could not read a text as this tokenizer does; None where it can."""
     said = source.tokenizer.description
     if said.normalizers:
-        return f"llama.cpp has no {' or '.join(said.normalizers)}, which this tokenizer does to every text; prepare the data without"
+        return f"llama.cpp has no {' or '.join(said.normalizers)}, which this tokenizer does to every text; prepare the data without it"
     unlike = ("ignore_merges", "continuing_subword_prefix", "end_of_word_suffix")
     if said.token_bytes is None or not said.splits_as_gpt2 or any(said.model.get(name) for name in unlike):
         kind = said.model["type"]
-        return f"llama.cpp reads byte-level BPE (--tokenizer bpe, gpt2 or byte), and this tokenizer is another kind ({kind})"
+        return f"llama.cpp reads byte-level BPE as GPT-2 has it, unlike this tokenizer ({kind}); prepare the data with bpe, gpt2 or byte"
     return None
 
 

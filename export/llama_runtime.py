@@ -4,6 +4,7 @@ In a process of its own, since llama.cpp ends the one that it runs in where its 
 """
 
 import multiprocessing
+import signal
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -62,7 +63,8 @@ class LlamaFile:
     def __init__(self, path: Path, block_size: int):
         self.options = (str(path), block_size, torch.get_num_threads())
         self.block_size = block_size
-        self.process = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+        quiet = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}  # Ctrl-C is for this process
+        self.process = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), **quiet)
         zeros = np.zeros(block_size, np.int64)
         try:  # a window as long as they get: what crashes does so with many tokens at once
             self.process.submit(_nats, self.options, zeros, zeros).result()

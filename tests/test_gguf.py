@@ -135,12 +135,12 @@ def changed(tokenizer: TextTokenizer, **model) -> TextTokenizer:
 
 
 REFUSED = {
-    "char": (make_tokenizer("char", STORIES, 0), "is another kind"),
-    "word": (make_tokenizer("word", STORIES, 100), "is another kind"),
-    "wordpiece": (make_tokenizer("wordpiece", STORIES, 600), "is another kind"),
+    "char": (make_tokenizer("char", STORIES, 0), "unlike this tokenizer"),
+    "word": (make_tokenizer("word", STORIES, 100), "unlike this tokenizer"),
+    "wordpiece": (make_tokenizer("wordpiece", STORIES, 600), "unlike this tokenizer"),
     "lowercase": (train_bpe(STORIES, 300, make_tokenizer("byte", [], 0, lowercase=True).tokenizer.normalizer), "has no Lowercase"),
     "nfc": (make_tokenizer("byte", [], 0, nfc=True), "has no NFC"),
-    "ignored merges": (changed(BPE, ignore_merges=True), "is another kind"),
+    "ignored merges": (changed(BPE, ignore_merges=True), "unlike this tokenizer"),
 }
 
 
