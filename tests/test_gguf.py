@@ -17,6 +17,7 @@ from export.llama_runtime import LlamaFile, open_files
 from export.verify import PROMPTS, Source
 from formats.checkpoint import load_checkpoint, save_checkpoint
 from formats.data_directory import DataDirectory
+from formats.export_record import RECORD, read_record
 from formats.run_directory import load_model
 from formats.tokenizer import EOT, TextTokenizer, gpt2_tokenizer
 from models import GPT
@@ -223,6 +224,20 @@ def test_a_full_disk_ends_an_export_and_leaves_nothing(trained_run, small_disk, 
         "export_model.py", "--checkpoint", trained_run, "--format", "gguf", "--output", small_disk, cwd=small_disk
     )
     assert [path.name for path in small_disk.iterdir()] == ["mine"]
+
+
+def test_what_rounding_costs_is_printed_and_recorded(trained_run, tmp_path, monkeypatch, script):
+    without_llama(monkeypatch)
+    ended = script("export_model.py", "--checkpoint", trained_run, "--format", "gguf", "gguf_q4_0", "--output", tmp_path)
+    entries = read_record(tmp_path)
+    assert entries.keys() == {"best_model.gguf", "best_model.q4_0.gguf"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*entries, RECORD])
+    entry = entries["best_model.q4_0.gguf"]
+    assert entry["size"] == (tmp_path / "best_model.q4_0.gguf").stat().st_size
+    assert entry["size_before"] == (tmp_path / "best_model.gguf").stat().st_size
+    assert entry["runtime"] == "our network" and "tokens_per_second" not in entry
+    assert 0 < abs(entry["bits_per_byte"] / entry["bits_per_byte_before"] - 1) < 0.1
+    assert f"{entry['bits_per_byte_before']:.4f} -> {entry['bits_per_byte']:.4f} bits per byte" in ended.stdout
 
 
 def test_a_missing_llama_cpp_is_told(monkeypatch, capsys, tmp_path):
