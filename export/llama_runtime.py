@@ -6,10 +6,8 @@ In a process of its own, since llama.cpp ends the one that it runs in where its 
 import multiprocessing
 import signal
 import time
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from functools import cache, partial
 from importlib.util import find_spec
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 from utils import describe, notice
@@ -24,18 +22,11 @@ from export.verify import Mismatch
 SECONDS = 0.5  # of one measurement of speed
 
 
-@cache
-def _load(path: str, block_size: int, threads: int):
-    """The model, in the other process. Raises ValueError where llama.cpp refuses it."""
-    import llama_cpp
-
-    options = {"n_ctx": block_size, "n_threads": 1, "n_threads_batch": threads, "logits_all": True, "verbose": False}
-    return llama_cpp.Llama(path, **options)
+# ---------------------------------------------------------------- in the other process
 
 
-def _nats(options: tuple[str, int, int], ids: np.ndarray, targets: np.ndarray) -> np.ndarray:
+def _nats(model, ids: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """Minus the log-probability (T,) float64 of each target, after the ids (T,) up to its place."""
-    model = _load(*options)
     model.reset()
     model.eval(ids.tolist())
     logits = model.scores[: len(ids)].astype(np.float64)
@@ -43,9 +34,8 @@ def _nats(options: tuple[str, int, int], ids: np.ndarray, targets: np.ndarray) -
     return largest + np.log(np.exp(logits - largest[:, None]).sum(axis=1)) - logits[np.arange(len(ids)), targets]
 
 
-def _pace(options: tuple[str, int, int]) -> float:
+def _pace(model, block_size: int) -> float:
     """Tokens per second of greedy text from the beginning of a document, one at a time, by one thread."""
-    model, block_size = _load(*options), options[1]
     count, start = 0, time.perf_counter()
     while (elapsed := time.perf_counter() - start) < SECONDS:
         if count % block_size == 0:
@@ -57,36 +47,71 @@ def _pace(options: tuple[str, int, int]) -> float:
     return count / elapsed
 
 
+def _serve(pipe: Connection, path: str, block_size: int, threads: int) -> None:
+    """Open a file; then answer a pair of a function and its arguments with what it returns or raises, until the pipe is closed."""
+    import llama_cpp
+
+    model, options = None, {"n_ctx": block_size, "n_threads": 1, "n_threads_batch": threads, "logits_all": True, "verbose": False}
+    while True:
+        try:
+            function, arguments = pipe.recv()
+        except EOFError:
+            return
+        try:
+            model = model or llama_cpp.Llama(path, **options)
+            pipe.send(function(model, *arguments))
+        except (ValueError, RuntimeError) as error:
+            pipe.send(error)
+
+
+# ---------------------------------------------------------------- here
+
+
+class Crash(Exception):
+    """llama.cpp ended its process."""
+
+
 class LlamaFile:
-    """A file, open in llama.cpp. Raises Mismatch where llama.cpp refuses it."""
+    """A file, open in llama.cpp. Raises Mismatch where llama.cpp refuses it, Crash."""
 
     def __init__(self, path: Path, block_size: int):
-        self.options = (str(path), block_size, torch.get_num_threads())
         self.block_size = block_size
-        quiet = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}  # Ctrl-C is for this process
-        self.process = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), **quiet)
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs, str(path), block_size, torch.get_num_threads()), daemon=True)
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process inherits that: Ctrl-C is for this one
+        try:
+            process.start()
+        finally:
+            signal.signal(signal.SIGINT, handler)
+        theirs.close()
         zeros = np.zeros(block_size, np.int64)
-        try:  # a window as long as they get: what crashes does so with many tokens at once
-            self.process.submit(_nats, self.options, zeros, zeros).result()
-        except (ValueError, RuntimeError) as error:
-            if isinstance(error, BrokenProcessPool):
-                raise
-            raise Mismatch(f"llama.cpp can't run it ({describe(error)})") from None
+        self.ask(_nats, zeros, zeros)  # what crashes does so with many tokens at once
+
+    def ask(self, function, *arguments):
+        """What a function returns, called with the model and these arguments."""
+        try:
+            self.pipe.send((function, arguments))
+            answer = self.pipe.recv()
+        except (EOFError, OSError):
+            raise Crash from None
+        if isinstance(answer, Exception):
+            raise Mismatch(f"llama.cpp can't run it ({describe(answer)})")
+        return answer
 
     def score(self, tokens: np.ndarray, eot_id: int) -> np.ndarray:
         """Nats (n,) float64 of each token of whole documents (n,), each document from its own beginning."""
         targets = np.asarray(tokens).astype(np.int64)
         inputs = np.concatenate(([eot_id], targets[:-1]))
-        spans = windows_by_length(document_ends(tokens, eot_id), self.block_size, self.block_size)
-        parts = [[row[start:end] for start, end, _ in spans] for row in (inputs, targets)]
         nats = np.empty(len(targets))
-        found = tqdm(self.process.map(partial(_nats, self.options), *parts), "llama.cpp", len(spans), disable=None, leave=False)
-        for (start, end, _), values in zip(spans, found, strict=True):
-            nats[start:end] = values
+        spans = windows_by_length(document_ends(tokens, eot_id), self.block_size, self.block_size)
+        for start, end, _ in tqdm(spans, "llama.cpp", disable=None, leave=False):
+            nats[start:end] = self.ask(_nats, inputs[start:end], targets[start:end])
         return nats
 
     def pace(self) -> float:
-        return self.process.submit(_pace, self.options).result()
+        """Tokens per second, one at a time, by one thread."""
+        return self.ask(_pace, self.block_size)
 
 
 def open_files(paths: list[Path], block_size: int) -> list[LlamaFile] | None:
@@ -95,7 +120,7 @@ def open_files(paths: list[Path], block_size: int) -> list[LlamaFile] | None:
     if find_spec("llama_cpp"):
         try:
             return [LlamaFile(path, block_size) for path in paths]
-        except BrokenProcessPool:
+        except Crash:
             reason = "llama.cpp, as it was built here, crashes on this processor"
     notice(f"{reason}: quality is measured by our network with the file's numbers, speed isn't")
     return None

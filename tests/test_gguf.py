@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import signal
 
 import gguf
 import numpy as np
@@ -13,7 +15,7 @@ from config import GPTConfig
 from evaluation.measures import score_tokens
 from export import gguf_file, llama_runtime
 from export.gguf_file import UNUSED, kind_of, read_gguf, why_not, write_gguf, write_q4_0, write_q8_0
-from export.llama_runtime import LlamaFile, open_files
+from export.llama_runtime import Crash, LlamaFile, open_files
 from export.verify import PROMPTS, Source
 from formats.checkpoint import load_checkpoint, save_checkpoint
 from formats.data_directory import DataDirectory
@@ -246,6 +248,16 @@ def test_a_missing_llama_cpp_is_told(monkeypatch, capsys, tmp_path):
     assert "llama-cpp-python is not installed" in capsys.readouterr().err
 
 
+def test_a_llama_cpp_that_crashes_is_told(monkeypatch, capsys, tmp_path):
+    def crash(path, block_size):
+        raise Crash
+
+    monkeypatch.setattr(llama_runtime, "find_spec", lambda name: name)
+    monkeypatch.setattr(llama_runtime, "LlamaFile", crash)
+    assert open_files([tmp_path / "model.gguf"], 32) is None
+    assert "crashes on this processor" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------- by llama.cpp
 
 
@@ -367,3 +379,17 @@ def test_a_file_that_llama_cpp_refuses_is_no_export(llama_cpp, tmp_path):
     path.write_bytes(b"GGUF")
     with pytest.raises(gguf_file.Mismatch, match=r"llama\.cpp can't run it"):
         LlamaFile(path, 32)
+
+
+def die(model) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_crash_of_llama_cpp_ends_only_its_own_process(llama_cpp, tmp_path):
+    write_gguf(source_of(tmp_path, arch="qwen3"), tmp_path / "model.gguf")
+    file = LlamaFile(tmp_path / "model.gguf", 48)
+    assert file.pace() > 0
+    for _ in range(2):
+        with pytest.raises(Crash):
+            file.ask(die)
