@@ -53,6 +53,7 @@ class Format:
 
 
 ONNX = ("onnx", "onnxscript", "onnxruntime")
+GGUF_FITS = "export.gguf_file:why_not"
 FORMATS = {
     "onnx": Format("{}.onnx", "export.graphs:write_onnx", "one file for onnxruntime and other runtimes", ONNX, beside=True),
     "pt": Format("{}.slim.pt", "export.slim:write_slim", "a checkpoint of weights only, for all scripts here"),
@@ -61,6 +62,9 @@ FORMATS = {
     "html": Format(
         "{}.html", "export.page:write_html", "a page to talk to, for any browser, without a network", fits="export.page:why_not_html"
     ),
+    "gguf": Format("{}.gguf", "export.gguf_file:write_gguf", "one file for llama.cpp and what is built on it", ("gguf",), fits=GGUF_FITS),
+    "gguf_q8_0": Format("{}.q8_0.gguf", "export.gguf_file:write_q8_0", "the same in 8 bits", ("gguf",), exact=False, fits=GGUF_FITS),
+    "gguf_q4_0": Format("{}.q4_0.gguf", "export.gguf_file:write_q4_0", "the same in 4 bits", ("gguf",), exact=False, fits=GGUF_FITS),
     "hf": Format("hf", "export.hf_folder:write_hf", "a folder for transformers, and what reads its GPT-2 and Qwen3", ("transformers",)),
 }
 
