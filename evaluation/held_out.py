@@ -20,6 +20,7 @@ from evaluation.measures import (
 from formats.data_directory import DTYPE, DataDirectory
 from formats.scores import ItemScores, content_hash
 from formats.tokenizer import TextTokenizer
+from generation.onnx_engine import OnnxNetwork
 from models import GPT
 
 METHOD = 1  # of scoring; a change makes stored scores old
@@ -66,8 +67,10 @@ def from_directory(data: DataDirectory, split: str) -> HeldOut:
     return held_out if data.meta is None else replace(held_out, n_bytes=data.meta["splits"][split]["bytes"])
 
 
-def model_hash(model: GPT, tokenizer: TextTokenizer) -> str:
-    """Hash of a network's shape and weights and of its tokenizer: equal ones score alike."""
+def model_hash(model: GPT | OnnxNetwork, tokenizer: TextTokenizer) -> str:
+    """Hash of a network's shape and weights, or of its file, and of its tokenizer: equal ones score alike."""
+    if isinstance(model, OnnxNetwork):
+        return content_hash(model.sha256, tokenizer.sha256)
     weights = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
         weights.update(name.encode() + weight.cpu().contiguous().numpy().tobytes())
@@ -115,7 +118,7 @@ class Scorer:
 
     def __init__(
         self,
-        model: GPT,
+        model: GPT | OnnxNetwork,
         tokenizer: TextTokenizer,
         name: str,
         known: Iterable[ItemScores] = (),
