@@ -44,7 +44,7 @@ class Arguments(Checked):
     """Flags of evaluate.py."""
 
     checkpoint: str = "./checkpoints"
-    """A .pt or .onnx file, an HF folder, or a run directory, also by its name below ./checkpoints. Default: the newest finished run there."""
+    """A .pt or .onnx file, HF folder, or run directory, also by its name below ./checkpoints. Default: the newest finished run there."""
     data_dir: tuple[str, ...] = ()
     """Data directories. Default: ./data, unless --text, --tasks or --samples is given."""
     text: tuple[str, ...] = ()

@@ -67,10 +67,8 @@ def from_directory(data: DataDirectory, split: str) -> HeldOut:
     return held_out if data.meta is None else replace(held_out, n_bytes=data.meta["splits"][split]["bytes"])
 
 
-def model_hash(model: GPT | OnnxNetwork, tokenizer: TextTokenizer) -> str:
-    """Hash of a network's shape and weights, or of its file, and of its tokenizer: equal ones score alike."""
-    if isinstance(model, OnnxNetwork):
-        return content_hash(model.sha256, tokenizer.sha256)
+def model_hash(model: GPT, tokenizer: TextTokenizer) -> str:
+    """Hash of a network's shape and weights and of its tokenizer: equal ones score alike."""
     weights = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
         weights.update(name.encode() + weight.cpu().contiguous().numpy().tobytes())
@@ -130,7 +128,8 @@ class Scorer:
             raise ValueError(f"stride={stride} is above the model's block_size={model.config.block_size}; then tokens would be left out")
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.batch_size, self.stride, self.stream = batch_size, stride, stream
-        self.hash = model_hash(model, tokenizer)
+        of_file = isinstance(model, OnnxNetwork)
+        self.hash = content_hash(model.sha256, tokenizer.sha256) if of_file else model_hash(model, tokenizer)
         self.known = {scores.key: scores for scores in known}
 
     def score(self, held_out: HeldOut) -> ItemScores:

@@ -26,7 +26,7 @@ class Predictions:
 
     features: Callable[[Tensor], Tensor]
     config: GPTConfig
-    device: torch.device = torch.device("cpu")
+    device: torch.device
 
     def head(self, features: Tensor) -> Tensor:
         return features
@@ -34,7 +34,7 @@ class Predictions:
 
 def of_logits(logits: Callable[[Tensor], Tensor], config: GPTConfig) -> Callable[[np.ndarray, int], np.ndarray]:
     """What `Measurable.score` is for a file of which only the logits are known."""
-    network = Predictions(logits, config)
+    network = Predictions(logits, config, torch.device("cpu"))
     return lambda tokens, eot_id: score_tokens(network, tokens, eot_id, WINDOWS, bar="measuring quality").nats
 
 

@@ -54,14 +54,13 @@ class OnnxFile:
             raise ValueError(f"{path} holds no tokenizer, and beside it is no {Path(error.filename).name}; {AGAIN}") from None
         except ValueError as error:
             raise ValueError(f"{path} can't be used: {describe(error)[:300]}") from None
-        if tokenizer.vocab_size != config.vocab_size or cached and len(cached) != 2 * config.n_layer:
+        if tokenizer.vocab_size != config.vocab_size or len(cached) not in (0, 2 * config.n_layer):
             raise ValueError(f"{path} can't be used: its graph, configuration and tokenizer are of different models; {AGAIN}")
         return cls(path, config, tokenizer, texts, bool(cached))
 
     def session(self, model: bytes | None = None, threads: int | None = None):
-        """An onnxruntime.InferenceSession of the file, or of a graph made from it. threads: by default 1 for small files, else torch's number.
-
-        Raises ValueError where onnxruntime can't run it.
+        """An onnxruntime.InferenceSession of the file, or of a graph made from it. threads: by default 1 for a small file, else as many as
+        torch has. Raises ValueError where onnxruntime can't run it.
         """
         import onnxruntime
 

@@ -63,7 +63,8 @@ def _has_finished(run_dir: Path) -> bool:
 
 
 def find_checkpoint(name: str) -> Path:
-    """What `--checkpoint NAME` means: a .pt or .onnx file; a run directory (its best model), an HF folder, or the name of one below ./checkpoints.
+    """What `--checkpoint NAME` means: a .pt or .onnx file; a run directory (its best model), an HF folder, or the name of one below
+    ./checkpoints.
 
     ./checkpoints itself (the default) and `best_model.pt` alone mean the newest finished run at or below ./checkpoints, as does any other
     directory that only holds runs; where none has finished, the newest one.

@@ -55,7 +55,8 @@ class OnnxNetwork:
 class OnnxEngine:
     """What the engines of ONNX files share, see `generation.engines.Engine`: how many tokens each row has.
 
-    threads: as OnnxFile.session has them. They add how a text begins, `begin`, and goes on, `read`, what `cut` keeps, and which rows `choose` takes.
+    Each adds how a text begins, `begin`, and goes on, `read`, what `cut` keeps, and which rows `choose` takes. threads: as OnnxFile.session
+    has them.
     """
 
     def __init__(self, file: OnnxFile, threads: int | None = None):
