@@ -53,7 +53,8 @@ class OnnxNetwork:
 
 
 class OnnxEngine:
-    """What the engines of ONNX files share, see `generation.engines.Engine`: how many tokens each row has.
+    """What the engines of ONNX files share, see `generation.engines.Engine`: how many tokens each row has. They compute in numpy, whose
+    small operations cost less than torch's.
 
     Each adds how a text begins, `begin`, and goes on, `read`, what `cut` keeps, and which rows `choose` takes. threads: as OnnxFile.session
     has them.
@@ -61,7 +62,7 @@ class OnnxEngine:
 
     def __init__(self, file: OnnxFile, threads: int | None = None):
         self.file, self.config, self.session = file, file.config, file.session(self.graph(file), threads)
-        self.lengths = torch.zeros(0, dtype=torch.int64)  # (B,)
+        self.lengths, self.longest = np.zeros(0, np.int64), 0  # (B,), and the largest of them
 
     @staticmethod
     def graph(file: OnnxFile) -> bytes | None:
@@ -69,35 +70,36 @@ class OnnxEngine:
         return None
 
     def prefill(self, ids: Tensor, lengths: Tensor | None = None) -> Tensor:
-        self.lengths = torch.full((len(ids),), ids.size(1)) if lengths is None else lengths.cpu()
-        ids = ids.cpu()[:, : int(self.lengths.max())]
-        self.check_room(ids.size(1))
-        return self.begin(ids)
+        self.lengths = np.full(len(ids), ids.size(1)) if lengths is None else lengths.numpy().astype(np.int64)
+        self.longest = int(self.lengths.max())
+        self.check_room(self.longest)
+        return torch.from_numpy(self.begin(ids.numpy()[:, : self.longest]))
 
     def step(self, ids: Tensor) -> Tensor:
-        self.check_room(int(self.lengths.max()) + ids.size(1))
-        logits = self.read(ids.cpu())
-        self.lengths = self.lengths + ids.size(1)
+        count = ids.size(1)
+        self.check_room(self.longest + count)
+        logits = torch.from_numpy(self.read(ids.numpy()))
+        self.lengths, self.longest = self.lengths + count, self.longest + count
         return logits
 
     def keep(self, length: int) -> None:
-        if not (self.lengths == self.lengths[0]).all() or length > self.lengths[0]:
+        if length > self.lengths.min() or self.longest > self.lengths.min():
             raise ValueError(f"{length} tokens can be kept only of rows that all have as many, or more")
         self.cut(length)
-        self.lengths = torch.full_like(self.lengths, length)
+        self.lengths, self.longest = np.full_like(self.lengths, length), length
 
     def select(self, rows: Tensor) -> None:
-        rows = rows.cpu()
-        self.choose(rows)
-        self.lengths = self.lengths[rows]
+        self.choose(rows.numpy())
+        self.lengths = self.lengths[rows.numpy()]
+        self.longest = int(self.lengths.max())
 
     def check_room(self, length: int) -> None:
         if length > self.config.block_size:
             raise ValueError(f"{length} tokens do not fit into block_size={self.config.block_size}; read the last part again")
 
-    def positions(self, count: int) -> Tensor:
+    def positions(self, count: int) -> np.ndarray:
         """The positions of `count` further tokens of each row, (B, count)."""
-        return self.lengths[:, None] + torch.arange(count)
+        return self.lengths[:, None] + np.arange(count)
 
 
 class RecomputingEngine(OnnxEngine):
@@ -105,28 +107,27 @@ class RecomputingEngine(OnnxEngine):
 
     def __init__(self, file: OnnxFile, threads: int | None = None):
         super().__init__(file, threads)
-        self.ids = torch.zeros(0, 0, dtype=torch.int64)  # (B, T)
+        self.ids = np.zeros((0, 0), np.int64)  # (B, T)
 
-    def logits(self, at: Tensor) -> Tensor:
+    def logits(self, at: np.ndarray) -> np.ndarray:
         """Logits (B, T, V) at the positions (B, T)."""
-        logits = torch.from_numpy(self.session.run(["logits"], {"input_ids": self.ids.numpy()})[0])
-        return logits[torch.arange(len(at))[:, None], at]
+        return self.session.run(["logits"], {"input_ids": self.ids})[0][np.arange(len(at))[:, None], at]
 
-    def begin(self, ids: Tensor) -> Tensor:
+    def begin(self, ids: np.ndarray) -> np.ndarray:
         self.ids = ids
         return self.logits(self.lengths[:, None] - 1)[:, 0]
 
-    def read(self, ids: Tensor) -> Tensor:
-        at = self.positions(ids.size(1))
-        width = int(at.max()) + 1
-        padding = self.ids.new_zeros(len(ids), max(0, width - self.ids.size(1)))
-        self.ids = torch.cat((self.ids, padding), dim=1)[:, :width].scatter(1, at, ids)
+    def read(self, ids: np.ndarray) -> np.ndarray:
+        at = self.positions(ids.shape[1])
+        width = self.longest + ids.shape[1]
+        self.ids = np.pad(self.ids, ((0, 0), (0, max(0, width - self.ids.shape[1]))))[:, :width]
+        np.put_along_axis(self.ids, at, ids, axis=1)
         return self.logits(at)
 
     def cut(self, length: int) -> None:
         self.ids = self.ids[:, :length]
 
-    def choose(self, rows: Tensor) -> None:
+    def choose(self, rows: np.ndarray) -> None:
         self.ids = self.ids[rows]
 
 
@@ -139,14 +140,13 @@ class CachedEngine(OnnxEngine):
     def __init__(self, file: OnnxFile, threads: int | None = None):
         super().__init__(file, threads)
         self.cache = {}  # name of an input -> keys or values, (B, K, S, D)
-        self.mask = torch.zeros(0, 0, dtype=torch.int64)  # (B, S), 0 for padding
+        self.mask = np.zeros((0, 0), np.int64)  # (B, S), 0 for padding
 
-    def run(self, ids: Tensor, positions: Tensor) -> Tensor:
+    def run(self, ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """Logits (B, T, V) of ids (B, T) at their positions, behind the cache; then they are in the cache."""
         binding = self.session.io_binding()
-        feeds = {"input_ids": ids, "attention_mask": self.mask, "position_ids": positions}
-        for name, value in feeds.items():
-            binding.bind_cpu_input(name, value.contiguous().numpy())
+        for name, value in (("input_ids", ids), ("attention_mask", self.mask), ("position_ids", positions)):
+            binding.bind_cpu_input(name, np.ascontiguousarray(value))
         for name, value in self.cache.items():
             binding.bind_ortvalue_input(name, value)
         for name in ("logits", *cache_names(self.file, PRESENT)):
@@ -154,19 +154,18 @@ class CachedEngine(OnnxEngine):
         self.session.run_with_iobinding(binding)
         logits, *present = binding.get_outputs()
         self.cache = dict(zip(cache_names(self.file, PAST), present, strict=True))
-        return torch.from_numpy(logits.numpy())
+        return logits.numpy()
 
-    def begin(self, ids: Tensor) -> Tensor:
-        padding = (ids.size(1) - self.lengths)[:, None]
-        positions = torch.arange(ids.size(1)) - padding  # negative in the padding
-        self.mask = (positions >= 0).long()
+    def begin(self, ids: np.ndarray) -> np.ndarray:
+        positions = np.arange(self.longest) - (self.longest - self.lengths)[:, None]  # negative in the padding
+        self.mask = (positions >= 0).astype(np.int64)
         self.hold(empty_cache(self.file, len(ids)))
-        positions = positions.clamp(min=0)
-        return self.run(ids.gather(1, positions), positions)[:, -1]
+        positions = np.maximum(positions, 0)
+        return self.run(np.take_along_axis(ids, positions, axis=1), positions)[:, -1]
 
-    def read(self, ids: Tensor) -> Tensor:
-        self.mask = torch.cat((self.mask, torch.ones_like(ids)), dim=1)
-        return self.run(ids, self.positions(ids.size(1)))
+    def read(self, ids: np.ndarray) -> np.ndarray:
+        self.mask = np.concatenate((self.mask, np.ones_like(ids)), axis=1)
+        return self.run(ids, self.positions(ids.shape[1]))
 
     def hold(self, cache: dict[str, np.ndarray]) -> None:
         from onnxruntime import OrtValue
@@ -174,10 +173,10 @@ class CachedEngine(OnnxEngine):
         self.cache = {name: OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value)) for name, value in cache.items()}
 
     def cut(self, length: int) -> None:
-        start = self.mask.size(1) - int(self.lengths[0])  # padding that rows of the same length may have in common
+        start = self.mask.shape[1] - self.longest  # padding that rows of the same length may have in common
         self.hold({name: value.numpy()[:, :, start : start + length] for name, value in self.cache.items()})
         self.mask = self.mask[:, start : start + length]
 
-    def choose(self, rows: Tensor) -> None:
-        self.hold({name: value.numpy()[rows.numpy()] for name, value in self.cache.items()})
+    def choose(self, rows: np.ndarray) -> None:
+        self.hold({name: value.numpy()[rows] for name, value in self.cache.items()})
         self.mask = self.mask[rows]

@@ -5,8 +5,6 @@ long each row is, so that the mask goes. That saves a sixth to a quarter of a st
 """
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from formats.onnx_file import PAST, PRESENT, OnnxFile, read_proto
 from generation.onnx_engine import OnnxEngine, cache_names
@@ -64,53 +62,56 @@ class SharedEngine(OnnxEngine):
         super().__init__(file, threads)
         self.inputs = {value.name for value in self.session.get_inputs()}
         self.cache: list[np.ndarray] = []  # keys and values of each layer, (B, K, block_size, D)
-        self.bound = {}  # rows, tokens -> binding, inputs and logits for that many
+        self.bound = {}  # number of tokens -> binding for as many of each row, the arrays it reads, by name, and the one it writes
 
-    def bind(self, rows: int, tokens: int):
-        """A binding to the cache for that many tokens, the arrays it reads, by name, and the one it writes logits to."""
+    def bind(self, rows: int, tokens: int) -> tuple:
         from onnxruntime import OrtValue
 
-        if (rows, tokens) not in self.bound:
-            shapes = {"input_ids": (rows, tokens), "position_ids": (rows, tokens)}
-            arrays = {name: np.zeros(shape, np.int64) for name, shape in shapes.items() if name in self.inputs}
-            arrays |= {LENGTHS[0]: np.zeros(rows, np.int32), LENGTHS[1]: np.zeros((), np.int32)}
-            logits, binding = np.empty((rows, tokens, self.config.vocab_size), np.float32), self.session.io_binding()
-            for name, array in arrays.items():
-                binding.bind_ortvalue_input(name, OrtValue.ortvalue_from_numpy(array))
-            for past, present, array in zip(cache_names(self.file, PAST), cache_names(self.file, PRESENT), self.cache, strict=True):
-                value = OrtValue.ortvalue_from_numpy(array)
-                binding.bind_ortvalue_input(past, value)
-                binding.bind_ortvalue_output(present, value)
-            binding.bind_ortvalue_output("logits", OrtValue.ortvalue_from_numpy(logits))
-            self.bound[rows, tokens] = binding, arrays, logits
-        return self.bound[rows, tokens]
+        shapes = {"input_ids": (rows, tokens), "position_ids": (rows, tokens)}
+        arrays = {name: np.zeros(shape, np.int64) for name, shape in shapes.items() if name in self.inputs}
+        arrays |= {LENGTHS[0]: np.zeros(rows, np.int32), LENGTHS[1]: np.zeros((), np.int32)}
+        logits, binding = np.empty((rows, tokens, self.config.vocab_size), np.float32), self.session.io_binding()
+        for name, array in arrays.items():
+            binding.bind_ortvalue_input(name, OrtValue.ortvalue_from_numpy(array))
+        for past, present, array in zip(cache_names(self.file, PAST), cache_names(self.file, PRESENT), self.cache, strict=True):
+            value = OrtValue.ortvalue_from_numpy(array)
+            binding.bind_ortvalue_input(past, value)
+            binding.bind_ortvalue_output(present, value)
+        binding.bind_ortvalue_output("logits", OrtValue.ortvalue_from_numpy(logits))
+        return binding, arrays, logits
 
-    def run(self, ids: Tensor, positions: Tensor, lengths: Tensor) -> Tensor:
-        """Logits (B, T, V) of ids (B, T) at their positions, each row being so long with them."""
-        binding, arrays, logits = self.bind(*ids.shape)
-        for name, value in (("input_ids", ids), ("position_ids", positions), (LENGTHS[0], lengths - 1), (LENGTHS[1], lengths.max())):
+    def run(self, ids: np.ndarray, positions: np.ndarray, last: np.ndarray, longest: int) -> np.ndarray:
+        """Logits (B, T, V) of ids (B, T) at their positions. last: each row's last position (B,). longest: length of the longest row."""
+        rows, tokens = ids.shape
+        if tokens not in self.bound:
+            self.bound[tokens] = self.bind(rows, tokens)
+        binding, arrays, logits = self.bound[tokens]
+        for name, value in (("input_ids", ids), ("position_ids", positions), (LENGTHS[0], last), (LENGTHS[1], longest)):
             if name in arrays:
-                arrays[name][...] = value.numpy()
+                arrays[name][...] = value
         self.session.run_with_iobinding(binding)
-        return torch.from_numpy(logits.copy())
+        return logits.copy()
 
-    def begin(self, ids: Tensor) -> Tensor:
+    def begin(self, ids: np.ndarray) -> np.ndarray:
         rows, config = len(ids), self.config
         if not self.cache or len(self.cache[0]) != rows:
             shape = (rows, config.kv_heads, config.block_size, config.head_dim)
-            self.replace([np.zeros(shape, np.float32) for _ in range(2 * config.n_layer)])
-        positions = torch.arange(ids.size(1)).expand_as(ids)
-        return self.run(ids, positions, self.lengths)[torch.arange(rows), self.lengths - 1]
+            self.hold([np.zeros(shape, np.float32) for _ in range(2 * config.n_layer)])
+        self.bound = {tokens: bound for tokens, bound in self.bound.items() if tokens == 1}  # prompts have many lengths
+        last = self.lengths - 1
+        return self.run(ids, np.arange(self.longest), last, self.longest)[np.arange(rows), last]
 
-    def replace(self, cache: list[np.ndarray]) -> None:
+    def read(self, ids: np.ndarray) -> np.ndarray:
+        steps = [
+            self.run(ids[:, i : i + 1], self.lengths[:, None] + i, self.lengths + i, self.longest + i + 1) for i in range(ids.shape[1])
+        ]
+        return steps[0] if len(steps) == 1 else np.concatenate(steps, axis=1)
+
+    def hold(self, cache: list[np.ndarray]) -> None:
         self.cache, self.bound = cache, {}
-
-    def read(self, ids: Tensor) -> Tensor:
-        positions = self.positions(ids.size(1))
-        return torch.cat([self.run(ids[:, i : i + 1], at[:, None], at + 1) for i, at in enumerate(positions.T)], dim=1)
 
     def cut(self, length: int) -> None:
         pass  # what stands behind a row's length is not looked at
 
-    def choose(self, rows: Tensor) -> None:
-        self.replace([array[rows.numpy()] for array in self.cache])
+    def choose(self, rows: np.ndarray) -> None:
+        self.hold([array[rows] for array in self.cache])
