@@ -25,11 +25,11 @@ from evaluation.task_scores import run_tasks, task_table
 from evaluation.tasks import DATA, Task, find_tasks
 from formats.data_directory import DataDirectory
 from formats.outputs import output_file, write_json
-from formats.run_directory import EVALUATION, find_checkpoint, load_model
+from formats.run_directory import EVALUATION, find_checkpoint
 from formats.schemas import read_file
 from formats.scores import ItemScores, read_known, set_name, write_scores
 from formats.tokenizer import TextTokenizer
-from models import GPT
+from generation.loading import Network, load_network
 from preparation import sample_tasks
 from preparation.sample_corpus import GRAMMAR_PATH, load_grammar
 from preparation.sources import Format, find_files
@@ -44,7 +44,7 @@ class Arguments(Checked):
     """Flags of evaluate.py."""
 
     checkpoint: str = "./checkpoints"
-    """A .pt file, an HF folder, or a run directory, also by its name below ./checkpoints. Default: the newest finished run there."""
+    """A .pt or .onnx file, HF folder, or run directory, also by its name below ./checkpoints. Default: the newest finished run there."""
     data_dir: tuple[str, ...] = ()
     """Data directories. Default: ./data, unless --text, --tasks or --samples is given."""
     text: tuple[str, ...] = ()
@@ -170,7 +170,7 @@ def evaluate_tasks(
     args: Arguments, scorer: Scorer, known: dict[str, ItemScores], tasks: list[Task], foreign: list[str]
 ) -> dict[str, ItemScores]:
     """The scores of tasks, and of `foreign` ones that lm-evaluation-harness knows, by their names. Raises ValueError."""
-    options, found = (scorer.hash, known, args.batch_size), {}
+    options, found = (scorer.hash, known, scorer.batch_size), {}
     if foreign:  # first: what it can't load or score is only known by trying
         from evaluation.lm_harness import run_harness_tasks  # an optional package
 
@@ -191,10 +191,10 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def evaluate_samples(args: Arguments, model: GPT, tokenizer: TextTokenizer, content: dict) -> tuple[dict, list[samples.Sample]]:
+def evaluate_samples(args: Arguments, model: Network, tokenizer: TextTokenizer, content: dict) -> tuple[dict, list[samples.Sample]]:
     """Let the model write, and measure it: the measures and the texts. Raises ValueError, FileNotFoundError."""
     prompts = [""] if args.prompts is None else read_prompts(Path(args.prompts))
-    judge = None if args.judge is None else load_model(args.judge, str(model.device))
+    judge = None if args.judge is None else load_network(args.judge, choose_device(args.device))
     directories = training_data(args, tokenizer, content)
     longest = args.sample_tokens or model.config.block_size
     drawn = samples.draw_samples(model, tokenizer, prompts, args.samples, longest, args.temperature, args.seed)
@@ -218,8 +218,9 @@ def main(argv: list[str] | None = None) -> int:
     picture, scores_path, texts_path = (output_file(str(output.with_suffix(suffix)), kind, read) for suffix, kind in KINDS.items())
     known = read_known(scores_path)
     tasks, foreign = find_tasks(args.tasks, Path(args.task_data), sample_tasks.MADE)
-    model, tokenizer, _, content = load_model(str(path), choose_device(args.device))
-    scorer = Scorer(model, tokenizer, args.checkpoint, known.values(), args.batch_size, args.stride, args.stream)
+    model, tokenizer, _, content = load_network(str(path), choose_device(args.device))
+    batch_size = min(args.batch_size, getattr(model, "windows", args.batch_size))
+    scorer = Scorer(model, tokenizer, args.checkpoint, known.values(), batch_size, args.stride, args.stream)
     held_out = read_sets(args, tokenizer)  # all that can be wrong is read before the work begins
     measured, drawn = evaluate_samples(args, model, tokenizer, content) if args.samples else ({}, [])
     task_scores = evaluate_tasks(args, scorer, known, tasks, foreign)

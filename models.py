@@ -221,7 +221,7 @@ class GPT(nn.Module):
         Returns logits (B, T, vocab_size) in the computing precision, and the mean cross-entropy in nats (float32) or None.
         Raises ValueError if the tokens, with those in the cache, are more than block_size.
         """
-        logits = F.linear(self.features(idx, kv_cache), self.wte.weight)  # (B, T, V)
+        logits = self.head(self.features(idx, kv_cache))  # (B, T, V)
         if targets is None:
             return logits, None
         loss = F.cross_entropy(logits.float().view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=IGNORE)
@@ -244,6 +244,10 @@ class GPT(nn.Module):
         if kv_cache is not None:
             kv_cache.length = past + T
         return self.ln_f(x)
+
+    def head(self, features: Tensor) -> Tensor:
+        """The output layer: features (..., C) -> logits (..., V)."""
+        return F.linear(features, self.wte.weight)
 
     @property
     def device(self) -> torch.device:

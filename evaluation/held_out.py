@@ -21,6 +21,7 @@ from evaluation.measures import (
 from formats.data_directory import DTYPE, DataDirectory
 from formats.scores import ItemScores, content_hash
 from formats.tokenizer import TextTokenizer
+from generation.onnx_engine import OnnxNetwork
 from models import GPT
 
 METHOD = 1  # of scoring; a change makes stored scores old
@@ -149,7 +150,7 @@ class Scorer:
 
     def __init__(
         self,
-        model: GPT,
+        model: GPT | OnnxNetwork,
         tokenizer: TextTokenizer,
         name: str,
         known: Iterable[ItemScores] = (),
@@ -161,7 +162,8 @@ class Scorer:
             raise ValueError(f"stride={stride} is above the model's block_size={model.config.block_size}; then tokens would be left out")
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.batch_size, self.stride, self.stream = batch_size, stride, stream
-        self.hash = model_hash(model, tokenizer)
+        of_file = isinstance(model, OnnxNetwork)
+        self.hash = content_hash(model.sha256, tokenizer.sha256) if of_file else model_hash(model, tokenizer)
         self.known = {scores.key: scores for scores in known}
 
     def score(self, held_out: HeldOut) -> ItemScores:

@@ -11,11 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from evaluation.measures import ROWS
+from evaluation.measures import ROWS, Network
 from models import GPT, KVCache
 
 TAILS = 4  # what windows don't share is read in batches smaller by this: their lengths differ more, and padding costs as much as text
@@ -95,7 +94,7 @@ def padded(rows: list[tuple[int, ...]], device: torch.device) -> Tensor:
     return torch.tensor([row + (0,) * (longest - len(row)) for row in rows], device=device)
 
 
-def pick(model: GPT, features: Tensor, rows: list[int], targets: list[int]) -> tuple[np.ndarray, np.ndarray]:
+def pick(model: Network, features: Tensor, rows: list[int], targets: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """Log-probability (n,) float64 of each target, predicted at its row of features (N, C), and whether it is the most probable token.
 
     Logits are computed for the rows asked for only, each once.
@@ -104,7 +103,7 @@ def pick(model: GPT, features: Tensor, rows: list[int], targets: list[int]) -> t
     wanted = torch.tensor(targets, device=model.device)
     nats, hits = torch.empty(len(rows), dtype=torch.float64), torch.empty(len(rows), dtype=torch.bool)
     for start in range(0, len(needed), ROWS):
-        logits = F.linear(features[needed[start : start + ROWS]], model.wte.weight).float()
+        logits = model.head(features[needed[start : start + ROWS]]).float()
         here = (at >= start) & (at < start + ROWS)
         row, target = at[here] - start, wanted[here]
         here = here.cpu()
@@ -116,7 +115,7 @@ def pick(model: GPT, features: Tensor, rows: list[int], targets: list[int]) -> t
 class WindowScorer:
     """Adds up what the windows of requests predict. nats: (N,) float64, log-probability so far. greedy: (N,) bool."""
 
-    def __init__(self, model: GPT, requests: int):
+    def __init__(self, model: Network, requests: int):
         self.model = model
         self.nats, self.greedy = np.zeros(requests), np.ones(requests, bool)
 
@@ -159,7 +158,7 @@ class WindowScorer:
 
 
 @torch.inference_mode()
-def log_likelihoods(model: GPT, requests: Sequence[Request], batch_size: int = 32, bar: str | None = None) -> Likelihoods:
+def log_likelihoods(model: Network, requests: Sequence[Request], batch_size: int = 32, bar: str | None = None) -> Likelihoods:
     """The log-likelihood of each continuation behind its context. A context begins with the EOT, as every text did in training.
 
     batch_size: windows in one forward pass; changes the results by no more than the last bits of float32. bar: name of a progress bar.
@@ -171,7 +170,9 @@ def log_likelihoods(model: GPT, requests: Sequence[Request], batch_size: int = 3
     tokens = np.array([len(continuation) for _, continuation in requests], np.int64)
     found = [window for i, request in enumerate(requests) for window in windows(i, *request, model.config.block_size)]
     with tqdm(total=len(found), desc=bar, unit="text", disable=None if bar else True, leave=False) as progress:
-        for batch in batches_of(groups_of(found, batch_size), batch_size):
+        # only our own network can go on behind what windows share
+        groups = groups_of(found, batch_size) if isinstance(model, GPT) else [Group([window], len(window.ids) - 1) for window in found]
+        for batch in batches_of(groups, batch_size):
             scorer.score(batch, max(1, batch_size // TAILS))
             progress.update(sum(len(group.windows) for group in batch))
     if not np.isfinite(scorer.nats).all():

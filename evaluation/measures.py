@@ -8,21 +8,34 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from config import GPTConfig
 from formats.tokenizer import TextTokenizer
-from models import GPT
 
 ROWS = 512  # of logits held at once
 TOP = 5
 BINS = 20  # of confidence, equally wide
 FEWEST_DOCUMENTS = 10  # for an interval; the bootstrap of fewer says little
 RESAMPLES = 2000
+
+
+class Network(Protocol):
+    """What can be measured: our own network, or a file that another runtime runs."""
+
+    config: GPTConfig
+    device: torch.device
+
+    def features(self, idx: Tensor, kv_cache: None = None) -> Tensor:
+        """What the output layer reads, (B, T, C), at every position of idx (B, T) int64, each row the beginning of a text."""
+
+    def head(self, features: Tensor) -> Tensor:
+        """Features (N, C) -> logits (N, V)."""
 
 
 @dataclass(frozen=True)
@@ -87,11 +100,11 @@ def batches_of_windows(spans: np.ndarray, room: int) -> Iterator[np.ndarray]:
         spans = spans[rows:]
 
 
-def predictions(model: GPT, features: Tensor, targets: Tensor) -> np.ndarray:
+def predictions(model: Network, features: Tensor, targets: Tensor) -> np.ndarray:
     """Features (n, C) and the tokens that follow (n,) -> (4, n) float64: nats, hit, among the top five, the highest probability."""
     parts = []
     for rows, target in zip(features.split(ROWS), targets.split(ROWS), strict=True):
-        logits = F.linear(rows, model.wte.weight).float()
+        logits = model.head(rows).float()
         chosen = logits.gather(1, target[:, None])
         total = logits.logsumexp(dim=-1, keepdim=True)
         highest, best = logits.max(dim=-1, keepdim=True)
@@ -102,7 +115,7 @@ def predictions(model: GPT, features: Tensor, targets: Tensor) -> np.ndarray:
 
 @torch.inference_mode()
 def score_tokens(
-    model: GPT,
+    model: Network,
     tokens: np.ndarray,
     eot_id: int,
     batch_size: int = 32,

@@ -56,6 +56,15 @@ ONNX = ("onnx", "onnxscript", "onnxruntime")
 GGUF_FITS = "export.gguf_file:why_not"
 FORMATS = {
     "onnx": Format("{}.onnx", "export.graphs:write_onnx", "one file for onnxruntime and other runtimes", ONNX, beside=True),
+    "onnx_cache": Format(
+        "{}_cache.onnx",
+        "export.onnx_cache:write_onnx_cache",
+        "the same with a cache of keys and values, to write texts fast",
+        ONNX,
+        beside=True,
+    ),
+    "onnx_int8": Format("{}.int8.onnx", "export.onnx_quantised:write_int8", "onnx_cache in 8 bits", ONNX, beside=True, exact=False),
+    "onnx_int4": Format("{}.int4.onnx", "export.onnx_quantised:write_int4", "onnx_cache in 4 bits", ONNX, beside=True, exact=False),
     "pt": Format("{}.slim.pt", "export.slim:write_slim", "a checkpoint of weights only, for all scripts here"),
     "torchscript": Format("{}.ts.pt", "export.graphs:write_torchscript", "one file for torch.jit.load, in Python or C++", beside=True),
     "torch_export": Format("{}.pt2", "export.graphs:write_torch_export", "one file for torch.export.load", beside=True),

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from utils import parse_weighted
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -91,18 +92,36 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Measurable:
+    """A file whose quality and speed are measured by its own runtime.
+
+    size: bytes. score: whole documents (n,) uint16 and the EOT's id -> nats of each token (n,) float64, each document from its own
+    beginning. pace: tokens per second, one after the other on one thread, measured for a moment; None where nothing here runs it. bits: of
+    a weight, which say how much worse it may be.
+    """
+
+    size: int
+    score: Callable[[np.ndarray, int], np.ndarray]
+    pace: Callable[[], float] | None
+    runtime: str
+    bits: int = 32
+
+
+@dataclass(frozen=True)
 class Loaded:
     """What was written, as its own runtime loaded it back.
 
     logits: token ids (B, T) int64 -> logits (B, T, V) float32. engine: for formats with a cache of keys and values. encode: text ->
     token ids without an EOT in front, by the tokenizer that lies in the file or beside it. reference: for formats whose numbers are
-    rounded, the network that computes with the rounded numbers, where there is one to compare with.
+    rounded, the network that computes with the rounded numbers, where there is one to compare with. rounded: for the same formats, the
+    format with all digits, and what was written.
     """
 
     logits: Callable[[Tensor], Tensor]
     engine: Engine | None = None
     encode: Callable[[str], list[int]] | None = None
     reference: GPT | None = None
+    rounded: tuple[Measurable, Measurable] | None = None
 
 
 Writer = Callable[[Source, Path], Loaded]  # writes a file or a folder of this name

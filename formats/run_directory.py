@@ -19,6 +19,7 @@ from formats import data_directory, huggingface
 from formats.checkpoint import Checkpoint, load_checkpoint, load_weights
 from formats.export_record import RECORD, read_record
 from formats.metrics import METRICS
+from formats.onnx_file import ENDING
 from formats.outputs import check_names, fsync_directory, is_of_kind, peek_json, sole_writer
 from formats.scores import SCORES
 from formats.tokenizer import TextTokenizer
@@ -62,7 +63,8 @@ def _has_finished(run_dir: Path) -> bool:
 
 
 def find_checkpoint(name: str) -> Path:
-    """What `--checkpoint NAME` means: a .pt file; a run directory (its best model), an HF folder, or the name of one below ./checkpoints.
+    """What `--checkpoint NAME` means: a .pt or .onnx file; a run directory (its best model), an HF folder, or the name of one below
+    ./checkpoints.
 
     ./checkpoints itself (the default) and `best_model.pt` alone mean the newest finished run at or below ./checkpoints, as does any other
     directory that only holds runs; where none has finished, the newest one. A directory of exports means the slim checkpoint there.
@@ -89,6 +91,8 @@ def find_checkpoint(name: str) -> Path:
 def load_content(name: str) -> tuple[Path, dict]:
     """What `--checkpoint NAME` means, told in a line, and its content. Raises FileNotFoundError, ValueError."""
     path = find_checkpoint(name)
+    if path.suffix == ENDING:
+        raise ValueError(f"{path} is an ONNX file, which only generate.py and evaluate.py read; take the checkpoint that it was made from")
     content = huggingface.load_folder(path) if path.is_dir() else load_checkpoint(path)
     notice(f"{path}, step {content['step']}")
     return path, content
