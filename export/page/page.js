@@ -161,6 +161,7 @@ connect($("#write"), async (hear) => {
 connect($("#read"), async (hear) => {
   $("#totals").hidden = true;
   const { tokens, bytes, loss, bits_per_byte, without, whole } = await model.score($("#text").value, hear);
+  if (!tokens) return "Stopped.";
   const figures = { "bits per byte": bits_per_byte?.toFixed(3) ?? "–", "loss, nats per token": loss.toFixed(3), tokens, bytes };
   $("#totals").replaceChildren(...Object.entries(figures).map(([name, value]) => element("div", {}, element("dt", { textContent: name }), element("dd", { textContent: value }))));
   $("#totals").hidden = false;

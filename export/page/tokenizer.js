@@ -1,5 +1,6 @@
 "use strict";
 // Text -> token ids and back. The tables come from the model's tokenizer.json, and the ids are those that it gives.
+// (Only of characters that are younger than one of the two programs may one not know that they are letters: Unicode grows.)
 // A token's spelling is a string with one character, of code 0 to 255, for each of its bytes in UTF-8.
 
 // GPT-2's words: contractions, letters, digits, other signs, each with the space before it; blanks (Radford et al. 2019)
