@@ -103,18 +103,17 @@ def open_session(args: Arguments) -> Session:
     return Session(writer, path, replace(args.settings, seed=None), seed, args.special, args.batch_size)
 
 
-def print_text(session: Session, text: Continuation, as_json: bool, number: int = 0) -> None:
-    """A text that is whole."""
+def print_texts(session: Session, texts: list[Continuation], as_json: bool) -> None:
+    """The texts behind a prompt, which are whole."""
     if as_json:
         import json
 
         from generation.prompt_file import describe
 
-        print(json.dumps(describe(session, text), ensure_ascii=False), flush=True)
+        print("\n".join(json.dumps(describe(session, text), ensure_ascii=False) for text in texts), flush=True)
         return
-    if text.task.settings.num_samples > 1:
-        print(f"--- {number + 1} of {text.task.settings.num_samples}")
-    print(text.task.prompt + text.text, flush=True)
+    for number, text in enumerate(texts, 1):
+        print(*[f"--- {number} of {len(texts)}\n"] * (len(texts) > 1), text.task.prompt, text.text, sep="", flush=True)
 
 
 def print_stream(session: Session, task: Task, interactive: bool) -> None:
@@ -130,7 +129,7 @@ def print_stream(session: Session, task: Task, interactive: bool) -> None:
             if not interactive:
                 raise
         print(flush=True)
-        session.count(text)
+        session.count([text])
 
 
 def write_file(session: Session, args: Arguments) -> None:
@@ -140,11 +139,10 @@ def write_file(session: Session, args: Arguments) -> None:
     path = Path(args.prompt_file)
     tasks = [session.task(*prompt) for prompt in read_prompt_file(path, session.settings)]
     output = None if args.output is None else OutputFile(args.output, session, tasks, [path, session.path])
-    number, last = 0, None
-    for text in complete_all(session, tasks, output):
-        number, last = (number + 1 if text.task is last else 0), text.task
-        print_text(session, text, args.json, number)
-        session.count(text)
+    for texts in complete_all(session, tasks, output):
+        if output is None:
+            print_texts(session, texts, args.json)
+        session.count(texts)
     if output is not None:
         notice(f"{len(output.lines)} texts are in {output.path}")
 
@@ -157,9 +155,9 @@ def answer_prompts(session: Session, args: Arguments) -> None:
     for prompt in itertools.chain(prompts, more):
         task = session.task(prompt)
         if args.json:
-            for text in next(session.complete([task]))[1]:
-                print_text(session, text, as_json=True)
-                session.count(text)
+            texts = next(session.complete([task]))[1]
+            print_texts(session, texts, as_json=True)
+            session.count(texts)
         else:
             print_stream(session, task, interactive)
 

@@ -144,8 +144,8 @@ class OutputFile:
         write_atomically(self.path, lambda file: file.write(b"".join(self.lines[key] + b"\n" for key in self.keys.values())))
 
 
-def complete_all(session: Session, tasks: list[Task], output: OutputFile | None) -> Iterator[Continuation]:
-    """Write the texts of all prompts, with a progress bar: into the output, or else given back in the order of the prompts."""
+def complete_all(session: Session, tasks: list[Task], output: OutputFile | None) -> Iterator[list[Continuation]]:
+    """The texts of each prompt, with a progress bar: in the order of the prompts; those for an output are written there as they come."""
     todo, whole, shown = tasks if output is None else output.missing(tasks), {}, iter(tasks)
     task = next(shown)
     with tqdm(total=len(tasks), initial=len(tasks) - len(todo), desc="writing", unit="prompt", disable=None, leave=False) as bar:
@@ -153,10 +153,11 @@ def complete_all(session: Session, tasks: list[Task], output: OutputFile | None)
             bar.update()
             if output is not None:
                 output.add(session, texts)
+                yield texts
                 continue
             whole[done.number] = texts
             while task is not None and task.number in whole:
-                yield from whole.pop(task.number)
+                yield whole.pop(task.number)
                 task = next(shown, None)
     if output is not None:
         output.finish()

@@ -97,12 +97,12 @@ class Session:
             text = of_row[id(row)]
             yield text, text.grow()
 
-    def count(self, text: Continuation) -> None:
-        """Add a text that is whole to what was written so far, and say once that texts outgrow the model's context, if it does."""
-        self.guessed += text.row.guessed
-        self.accepted += text.row.accepted
+    def count(self, texts: list[Continuation]) -> None:
+        """Add texts that are whole to what was written so far, and say once that texts outgrow the model's context, if they do."""
+        self.guessed += sum(text.row.guessed for text in texts)
+        self.accepted += sum(text.row.accepted for text in texts)
         size = self.writer.engine.config.block_size
-        if not self.told and window_start(len(text.row.ids) - 1, size):
+        if not self.told and any(window_start(len(text.row.ids) - 1, size) for text in texts):
             self.told = True
             notice(f"a text grew beyond the model's context of {size} tokens: whenever that is full, its newer half is read again")
 
