@@ -21,6 +21,7 @@ _HINTS = typing.get_type_hints(Settings, include_extras=True)
 PromptLine = TypedDict("PromptLine", {"prompt": str} | {name: typing.NotRequired[hint] for name, hint in _HINTS.items()})
 PromptLine.__pydantic_config__ = Declared.__pydantic_config__
 ADVICE = "correct that line"
+DIGITS = 6  # of log-probabilities; float32 knows no more
 BEGINNING = b'{"key": "'  # of a line of ours
 OTHER = "belongs to another model, other prompts or settings; delete the file, or choose another --output"
 
@@ -43,8 +44,9 @@ def read_prompt_file(path: Path, settings: Settings) -> list[tuple[str, Settings
     for number, line in enumerate(lines, 1):
         name = f"line {number} of {path}"
         try:
+            text = line.removesuffix(b"\r").decode()
             if path.suffix != ".jsonl":
-                prompts.append((line.removesuffix(b"\r").decode(), settings))
+                prompts.append((text, settings))
                 continue
             asked = check(line, PromptLine, name, ADVICE, "can't be used")
             prompt = asked.pop("prompt")
@@ -72,7 +74,7 @@ def describe(session: Session, text: Continuation) -> dict:
     row, tokenizer = text.row, session.writer.tokenizer
 
     def named(token: int, value: float) -> dict:
-        return {"token": token, "text": tokenizer.tokenizer.decode([token], skip_special_tokens=False), "logprob": value}
+        return {"token": token, "text": tokenizer.tokenizer.decode([token], skip_special_tokens=False), "logprob": round(value, DIGITS)}
 
     line = {
         "prompt": text.task.prompt,
@@ -80,7 +82,7 @@ def describe(session: Session, text: Continuation) -> dict:
         "text": text.text,
         "finish": row.finish,
         "tokens": row.drawn,
-        "logprobs": row.log_probabilities,
+        "logprobs": [round(value, DIGITS) for value in row.log_probabilities],
     }
     if session.writer.top:
         line["top_logprobs"] = [[named(*pair) for pair in pairs] for pairs in row.top]
