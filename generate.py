@@ -18,6 +18,8 @@ from pathlib import Path
 from utils import Checked, Count, Natural, Text, choose_device, notice, read_command_line, run_script
 
 from formats.run_directory import load_model
+from formats.tokenizer import TextTokenizer
+from generation.engines import Engine
 from generation.session import Continuation, Session, Task
 from generation.settings import Settings
 from generation.streaming import Special
@@ -84,15 +86,26 @@ def read_prompts(interactive: bool) -> Iterator[str]:
     print()
 
 
+def open_engine(name: str, device: str) -> tuple[Engine, TextTokenizer, Path]:
+    """What `--checkpoint NAME` means, ready to write. Raises FileNotFoundError, ValueError."""
+    model, tokenizer, path, _ = load_model(name, choose_device(device))
+    return TorchEngine(model), tokenizer, path
+
+
 def open_session(args: Arguments) -> Session:
     """The model and how it is to write. Raises FileNotFoundError, ValueError."""
-    model, tokenizer, path, _ = load_model(args.checkpoint, choose_device(args.device))
+    engine, tokenizer, path = open_engine(args.checkpoint, args.device)
     top = (args.top_logprobs or 0) if args.json or args.output is not None else None
-    writer = Writer(TorchEngine(model), tokenizer, args.settings, top)
+    writer = Writer(engine, tokenizer, args.settings, top)
     if args.draft is not None:
-        from generation.speculative import with_draft
+        from generation.speculative import ModelDraft, NgramDraft, SpeculativeWriter, check_draft
 
-        writer = with_draft(writer, args.draft, args.draft_tokens, str(model.device))
+        draft = NgramDraft()
+        if args.draft != "ngram":
+            smaller, its_tokenizer, its_path = open_engine(args.draft, args.device)
+            check_draft(tokenizer, its_tokenizer, its_path)
+            draft = ModelDraft(smaller)
+        writer = SpeculativeWriter(engine, tokenizer, args.settings, top, draft, args.draft_tokens)
     seed = args.settings.seed
     if seed is None:
         seed = 0 if args.output is not None else secrets.randbelow(2**31)

@@ -46,8 +46,9 @@ class Reader:
 
     def extend(self, known: list[int], context: list[int], count: int) -> Tensor | None:
         """As `read` for a single text, where `known` was read; None if more than half of it would be read again."""
-        same = next((i for i, (a, b) in enumerate(zip(known, context)) if a != b), min(len(known), len(context)))
-        kept = min(same, len(context) - count)
+        kept = min(len(known), len(context) - count)
+        if known[:kept] != context[:kept]:
+            kept = next(i for i, (a, b) in enumerate(zip(known, context)) if a != b)
         if 2 * kept < len(context):
             return None
         if kept < len(known):

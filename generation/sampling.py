@@ -1,8 +1,7 @@
 """Logits -> the next token: what makes a token more or less probable, what may be drawn at all, and the draw.
 
 Order and results are those of the processors of `transformers`: repetition penalty, no repeated n-grams, temperature, top-k, top-p, min-p.
-Where tokens tie, exactly k of them pass top-k, those with the lowest ids, and the fewest that reach p pass top-p; there, all that tie with
-the k-th pass.
+Where tokens tie, no more than k of them pass top-k here; there, all that tie with the k-th do.
 """
 
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
 GREEDY = 1e-6  # temperatures below take the most probable token
+NARROW = 256  # tokens that top-p nearly always needs no more of; sorting the whole vocabulary would take longer than a small network
 Share = Annotated[float, Ge(1e-9), Le(1)]
 
 
@@ -61,16 +61,27 @@ def without_repeated_ngrams(logits: Tensor, texts: Sequence[list[int]], n: int) 
     return logits
 
 
+def nucleus(scores: Tensor, top_k: int | None, top_p: float) -> tuple[Tensor, Tensor]:
+    """Of the top_k largest scores, the fewest whose probabilities reach p, the others -inf, and their ids (Holtzman et al. 2019)."""
+    for size in (top_k or NARROW, scores.size(-1)):
+        largest, order = scores.topk(min(size, scores.size(-1)), dim=-1)
+        total = (scores if top_k is None else largest).logsumexp(dim=-1, keepdim=True)
+        probabilities = (largest - total).exp()
+        before = probabilities.cumsum(dim=-1) - probabilities
+        if top_k is not None or (before[:, -1] >= top_p).all():  # else even all of these don't reach p
+            break
+    return largest.where(before < top_p, -torch.inf), order
+
+
 def filtered(scores: Tensor, sampling: Sampling) -> Tensor:
     """-inf for what the filters don't let through. Each sees the distribution that the one before it left."""
-    if sampling.top_k is not None:
+    nothing = torch.full_like(scores, -torch.inf)
+    if sampling.top_p is not None:
+        largest, order = nucleus(scores, sampling.top_k, sampling.top_p)
+        scores = nothing.scatter(-1, order, largest)
+    elif sampling.top_k is not None:
         largest, order = scores.topk(min(sampling.top_k, scores.size(-1)), dim=-1)
-        scores = torch.full_like(scores, -torch.inf).scatter(-1, order, largest)
-    if sampling.top_p is not None:  # Holtzman et al. 2019, nucleus sampling
-        ordered, order = scores.sort(dim=-1, descending=True, stable=True)
-        probabilities = ordered.softmax(dim=-1)
-        before = probabilities.cumsum(dim=-1) - probabilities
-        scores = torch.full_like(scores, -torch.inf).scatter(-1, order, ordered.where(before < sampling.top_p, -torch.inf))
+        scores = nothing.scatter(-1, order, largest)
     if sampling.min_p is not None:  # Nguyen et al. 2024
         relative = (scores - scores.amax(dim=-1, keepdim=True)).exp()
         scores = scores.where(relative >= sampling.min_p, -torch.inf)

@@ -9,12 +9,12 @@ So each token is drawn exactly as without a draft, and even the text is the same
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
-from formats.run_directory import load_model
+from formats.tokenizer import TextTokenizer
 from generation.engines import Engine
 from generation.reading import Reader, window_start
-from generation.torch_engine import TorchEngine
 from generation.writing import Row, Writer
 
 LONGEST = 4  # tokens at a text's end that are looked up
@@ -84,12 +84,7 @@ class SpeculativeWriter(Writer):
                 return
 
 
-def with_draft(writer: Writer, name: str, count: int, device: str) -> SpeculativeWriter:
-    """The same writer, whose tokens are guessed by what `--draft NAME` means. Raises FileNotFoundError, ValueError."""
-    draft: Draft = NgramDraft()
-    if name != "ngram":
-        model, tokenizer, path, _ = load_model(name, device)
-        if not writer.tokenizer.same_ids(tokenizer):
-            raise ValueError(f"the draft {path} has another tokenizer than the model; give one trained on the same prepared data, or ngram")
-        draft = ModelDraft(TorchEngine(model))
-    return SpeculativeWriter(writer.engine, writer.tokenizer, writer.sampling, writer.top, draft, count)
+def check_draft(tokenizer: TextTokenizer, other: TextTokenizer, name: str | Path) -> None:
+    """Raise ValueError unless a draft, which `name` holds, has the model's tokenizer."""
+    if not tokenizer.same_ids(other):
+        raise ValueError(f"the draft {name} has another tokenizer than the model; give one trained on the same prepared data, or ngram")
