@@ -11,9 +11,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from config import GPTConfig
 from formats.run_directory import load_model
-from formats.tokenizer import load_tokenizer
+from formats.tokenizer import TextTokenizer, load_tokenizer
+from generation.beams import beam_search
+from generation.sampling import Sampling
 from generation.streaming import TextStream, encode_prompt
+from generation.torch_engine import TorchEngine
+from generation.writing import Row, Writer
+from models import GPT
 from preparation.tokenizer_kinds import byte_tokenizer, char_tokenizer, train_bpe
 from tests.conftest import ROOT
 
@@ -187,6 +193,33 @@ def test_a_conversation_on_a_terminal(trained_run):
     os.close(theirs)
     assert process.returncode == 0 and "Ctrl-D" in stderr and stdout.count("> ") == 3
     assert "Once upon" in stdout and "One" in stdout
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
+def test_padding_unknown_and_missing_ids_are_never_written(arch):
+    """By a model that prefers them to everything else, drawing, greedy or with beams; nor ids beyond the tokenizer's."""
+    tokenizer = char_tokenizer(["abc"])
+    hole = load_hole(tokenizer)
+    assert hole.never_drawn == sorted({hole.unknown_id, hole.pad_id, 9}) and BPE.never_drawn == []
+    model = GPT(GPTConfig(block_size=16, vocab_size=hole.vocab_size + 5, n_layer=1, n_head=1, n_embd=8, arch=arch)).eval()
+    with torch.no_grad():
+        model.wte.weight[[*hole.never_drawn, *range(hole.vocab_size, hole.vocab_size + 5)]] = 5.0
+        model.wte.weight[:, 0] += 1.0
+    for sampling in (Sampling(1.0), Sampling(0.0), Sampling(3.0, top_k=2)):
+        writer = Writer(TorchEngine(model), hole, sampling)
+        rows = [Row([0], 20, seed) for seed in range(10)]
+        [*writer.write(rows)]
+        rows += [row for _, row in beam_search(writer, Row([0], 6), 3, 1.0)]
+        written = {i for row in rows for i in row.drawn}
+        assert written and not written & {*hole.never_drawn} and max(written) < hole.vocab_size
+
+
+def load_hole(tokenizer: TextTokenizer) -> TextTokenizer:
+    """A tokenizer with one token more, whose id leaves a hole at 9."""
+    content = json.loads(tokenizer.json)
+    assert tokenizer.vocab_size <= 9
+    content["model"]["vocab"] |= {chr(200 + i): i for i in range(tokenizer.vocab_size, 11) if i != 9}
+    return TextTokenizer(json.dumps(content))
 
 
 def pieces_of(tokenizer, ids: list[int], stops: tuple[str, ...] = ()) -> list[str]:
