@@ -47,8 +47,8 @@ class Arguments(Checked):
     draft: str | None = None
     """Something quick guesses tokens that the model then checks many at once; the texts stay the same. Another checkpoint with the same
     tokenizer, or `ngram`: what followed the last tokens earlier in the text."""
-    draft_tokens: Count = 4
-    """Tokens that --draft guesses at once."""
+    draft_tokens: Count | None = None
+    """Tokens that --draft guesses at once. Default: 2."""
     json: bool = False
     """Print each text as a JSON object on a line, with its tokens and their log-probabilities."""
     top_logprobs: Natural | None = None
@@ -64,6 +64,8 @@ class Arguments(Checked):
             problems.append("prompt_file takes the place of prompt and interactive; leave those out")
         if self.output is not None and self.prompt_file is None:
             problems.append("output is for the texts of prompt_file; give one, or write `> FILE`")
+        if self.draft_tokens is not None and self.draft is None:
+            problems.append("draft_tokens are guessed by a draft; add --draft")
         if self.top_logprobs is not None and not self.json and self.output is None:
             problems.append("top_logprobs are part of the JSON lines; add --json")
         return problems
@@ -97,15 +99,17 @@ def open_session(args: Arguments) -> Session:
     engine, tokenizer, path = open_engine(args.checkpoint, args.device)
     top = (args.top_logprobs or 0) if args.json or args.output is not None else None
     writer = Writer(engine, tokenizer, args.settings, top)
-    if args.draft is not None:
-        from generation.speculative import ModelDraft, NgramDraft, SpeculativeWriter, check_draft
+    if args.draft is not None and args.settings.beams is not None:
+        notice("beams need no draft: it has no effect")
+    elif args.draft is not None:
+        from generation.speculative import COUNT, ModelDraft, NgramDraft, SpeculativeWriter, check_draft
 
         draft = NgramDraft()
         if args.draft != "ngram":
             smaller, its_tokenizer, its_path = open_engine(args.draft, args.device)
             check_draft(tokenizer, its_tokenizer, its_path)
             draft = ModelDraft(smaller)
-        writer = SpeculativeWriter(engine, tokenizer, args.settings, top, draft, args.draft_tokens)
+        writer = SpeculativeWriter(engine, tokenizer, args.settings, top, draft, args.draft_tokens or COUNT)
     seed = args.settings.seed
     if seed is None:
         seed = 0 if args.output is not None else secrets.randbelow(2**31)

@@ -172,6 +172,7 @@ def test_options_without_effect_are_told(trained_run, script):
     for arguments, told in (
         (["--temperature", 0, "--top_k", 3], "top_k have no effect"),
         (["--beams", 2, "--top_p", 0.5], "beams don't draw: top_p have no effect"),
+        (["--beams", 2, "--draft", "ngram"], "beams need no draft"),
         (["--length_penalty", 2.0], "length_penalty is an option of beams"),
     ):
         assert told in run(script, trained_run, "--prompt", "x", "--max_new_tokens", 2, *arguments).stderr
@@ -281,6 +282,7 @@ def test_stopping_equals_cutting_the_whole_text(pieces, stops):
         (["--prompt_file", "p.txt"], "prompt_file takes the place of prompt"),
         (["--special", "drop"], "special"),
         (["--draft_tokens", "0"], "draft_tokens=0"),
+        (["--draft_tokens", "3"], "add --draft"),
         (["--checkpoint", "missing.pt"], "no checkpoint at missing.pt"),
     ],
 )
