@@ -11,7 +11,6 @@ V vocabulary.
 """
 
 import math
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -23,20 +22,44 @@ IGNORE = -1  # a target with this value adds nothing to the loss
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, (n_layer, B, K, block_size, D) each, allocated once."""
+    """Keys and values of the tokens seen so far, (n_layer, B, K, block_size, D) each, allocated once.
+
+    length: tokens of each row, of the longest one where they differ. lengths: (B,) int64 then, else None.
+    """
 
     def __init__(self, config: GPTConfig, batch_size: int, device="cpu", dtype=torch.float32):
         shape = (config.n_layer, batch_size, config.kv_heads, config.block_size, config.head_dim)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.length = 0
+        self.length, self.lengths = 0, None
+
+    def set_lengths(self, lengths: Tensor) -> None:
+        """Only the first tokens of each row count, lengths (B,) int64; what was stored behind them is overwritten."""
+        self.length = int(lengths.max())
+        self.lengths = None if (lengths == self.length).all() else lengths.to(self.k.device)
+
+    def positions(self, T: int) -> Tensor:
+        """Of the T tokens to come: (T,), or (B, T) where the rows' lengths differ."""
+        new = torch.arange(T, device=self.k.device)
+        return self.length + new if self.lengths is None else self.lengths[:, None] + new
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v, (B, K, T, D), behind what is there; return all keys and values so far, (B, K, S, D)."""
         end = self.length + k.size(2)
-        self.k[layer, :, :, self.length : end] = k
-        self.v[layer, :, :, self.length : end] = v
+        if self.lengths is None:
+            self.k[layer, :, :, self.length : end] = k
+            self.v[layer, :, :, self.length : end] = v
+        else:
+            at = self.positions(k.size(2))[:, None, :, None].expand_as(k)
+            self.k[layer].scatter_(2, at, k)
+            self.v[layer].scatter_(2, at, v)
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+    def advance(self, T: int) -> None:
+        """T tokens were stored in every layer."""
+        self.length += T
+        if self.lengths is not None:
+            self.lengths = self.lengths + T
 
 
 class RMSNorm(nn.RMSNorm):
@@ -51,9 +74,10 @@ def norm(config: GPTConfig, width: int) -> nn.Module:
 
 
 def rotary_angles(positions: Tensor, config: GPTConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin of the rotary angles of positions (T,), each (T, D/2) float32 (Su et al. 2021, "RoFormer")."""
+    """cos and sin of the rotary angles of positions (T,), each (T, D/2) float32; of (B, T), (B, 1, T, D/2) (Su et al. 2021, "RoFormer")."""
     exponents = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
-    angles = positions.float()[:, None] / config.theta ** exponents[None, :]
+    angles = positions.float()[..., None] / config.theta**exponents
+    angles = angles if positions.dim() == 1 else angles[:, None]
     return angles.cos(), angles.sin()
 
 
@@ -85,22 +109,28 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.view(B, T, -1, D).transpose(1, 2)  # (B, H, T, D), 2 x (B, K, T, D)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
-        past = kv_cache.length if kv_cache is not None else 0
+        past = 0
         if kv_cache is not None:
+            past = kv_cache.length if kv_cache.lengths is None else kv_cache.lengths
             k, v = kv_cache.append(layer, k, v)  # (B, K, S, D)
         if k.size(1) != q.size(1):
             k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))  # (B, H, S, D)
         y = self.attend(q, k, v, past)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, past: int) -> Tensor:
-        """Causal attention of queries q (B, H, T, D) at positions past.. over k, v (B, H, S, D) -> (B, H, T, D)."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, past: int | Tensor) -> Tensor:
+        """Causal attention of queries q (B, H, T, D) at positions past.. over k, v (B, H, S, D) -> (B, H, T, D); past may be (B,)."""
         T, S = q.size(2), k.size(2)
         dropout = self.config.dropout if self.training else 0.0
         # SDPA's own causal mask aligns the first query with the first key: right only without a past. One query sees everything.
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(past) if (past and T > 1) or not self.config.flash else None
+        mask = None
+        if isinstance(past, Tensor):
+            at = past[:, None, None, None] + torch.arange(T, device=q.device)[:, None]
+            mask = torch.arange(S, device=q.device) <= at  # (B, 1, T, S)
+        elif (past and T > 1) or not self.config.flash:
+            mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(past)
         if self.config.flash:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=not past)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None and past == 0)
         scores = (q @ k.transpose(-2, -1)) / math.sqrt(q.size(-1))  # (B, H, T, S)
         return F.dropout(scores.masked_fill(~mask, -torch.inf).softmax(dim=-1), dropout) @ v
 
@@ -233,7 +263,7 @@ class GPT(nn.Module):
         T = idx.size(1)
         if past + T > self.config.block_size:
             raise ValueError(f"{past + T} tokens do not fit into block_size={self.config.block_size}; pass the last block_size tokens")
-        positions = torch.arange(past, past + T, device=idx.device)
+        positions = kv_cache.positions(T) if kv_cache is not None else torch.arange(T, device=idx.device)
         x = self.wte(idx)  # (B, T, C)
         if self.wpe is not None:
             x = x + self.wpe(positions)
@@ -242,7 +272,7 @@ class GPT(nn.Module):
         for layer, block in enumerate(self.h):
             x = block(x, rotary, layer, kv_cache)
         if kv_cache is not None:
-            kv_cache.length = past + T
+            kv_cache.advance(T)
         return self.ln_f(x)
 
     def head(self, features: Tensor) -> Tensor:
@@ -285,63 +315,6 @@ class GPT(nn.Module):
             if block.mlp.gated:
                 parts[block.mlp.c_fc.weight] = self.config.mlp_width
         return parts
-
-    @torch.inference_mode()
-    def stream(self, idx: Tensor, max_new_tokens: int, generator: torch.Generator | None = None, **sampling) -> Iterator[Tensor]:
-        """Yield max_new_tokens next tokens, each (B,) int64, one after the other.
-
-        idx: (B, T) int64 with T >= 1; of a longer prompt the last block_size tokens count. generator: on the CPU.
-        sampling: the options of `sample_token`. When the context is full, its newer half is kept and read again:
-        with learned or rotary positions, keys and values of a cut-off past can't be kept as they are.
-        """
-        idx = idx[:, -self.config.block_size :]
-        cache = KVCache(self.config, idx.size(0), self.device, self.wte.weight.dtype)
-        step = idx
-        for _ in range(max_new_tokens):
-            if cache.length + step.size(1) > self.config.block_size:
-                step = idx[:, -max(1, self.config.block_size // 2) :]
-                cache.length = 0
-            logits, _ = self(step, kv_cache=cache)
-            token = sample_token(logits[:, -1], generator=generator, **sampling)
-            yield token
-            step = token[:, None].to(idx.device)
-            idx = torch.cat((idx, step), dim=1)[:, -self.config.block_size :]
-
-    def generate(self, idx: Tensor, max_new_tokens: int, **options) -> Tensor:
-        """idx (B, T) followed by max_new_tokens sampled tokens, (B, T + max_new_tokens) int64; options as in `stream`."""
-        tokens = [token.to(idx.device) for token in self.stream(idx, max_new_tokens, **options)]
-        return torch.cat((idx, torch.stack(tokens, dim=1)), dim=1) if tokens else idx
-
-
-def sample_token(
-    logits: Tensor,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Draw one token for each row of logits (B, V) -> (B,) int64 on the CPU.
-
-    temperature 0 (or below 1e-6) takes the most probable token. Filters apply in this order to the probabilities after the temperature:
-    top_k keeps the k most probable tokens; top_p the fewest whose probabilities reach p (Holtzman et al. 2019, nucleus sampling);
-    min_p those with at least min_p times the largest probability (Nguyen et al. 2024).
-    """
-    logits = logits.float().cpu()
-    if temperature < 1e-6:
-        return logits.argmax(dim=-1)
-    probs = ((logits - logits.amax(dim=-1, keepdim=True)) / temperature).softmax(dim=-1)
-    if top_k is not None:
-        largest, order = probs.topk(min(top_k, probs.size(-1)), dim=-1)
-        probs = torch.zeros_like(probs).scatter(-1, order, largest)
-    if top_p is not None:
-        ordered, order = probs.sort(dim=-1, descending=True)
-        before = ordered.cumsum(dim=-1) - ordered
-        keep = before < top_p * ordered.sum(dim=-1, keepdim=True)
-        probs = torch.zeros_like(probs).scatter(-1, order, ordered.where(keep, 0.0))
-    if min_p is not None:
-        probs = probs.where(probs >= min_p * probs.amax(dim=-1, keepdim=True), 0.0)
-    return torch.multinomial(probs, 1, generator=generator).squeeze(-1)
 
 
 CHUNK = {"cpu": 512}  # rows of logits held at once in training: measured on a CPU (MEASUREMENTS.md)

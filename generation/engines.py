@@ -29,7 +29,10 @@ class Engine(Protocol):
         """
 
     def keep(self, length: int) -> None:
-        """Forget what was read behind the first `length` tokens of every row; only for rows of the same length."""
+        """Forget what was read behind the first `length` tokens of every row.
+
+        Raises ValueError where rows differ in length, or have fewer tokens.
+        """
 
     def select(self, rows: Tensor) -> None:
         """Go on with these rows (N,) int64: in another order, without some, or some of them several times."""
