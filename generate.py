@@ -6,23 +6,21 @@ python generate.py --checkpoint checkpoints/stories --temperature 0.7 --top_p 0.
 python generate.py --interactive
 """
 
-import contextlib
 import itertools
+import os
 import secrets
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import dataclass, field
 
-from utils import Checked, Count, NonNegative, Seed, Text, choose_device, derived_seed, notice, read_command_line, run_script
-
-import torch
-from annotated_types import Ge, Le
+from utils import Checked, Count, Seed, Text, choose_device, derived_seed, notice, read_command_line, run_script
 
 from formats.run_directory import load_model
-from generation.streaming import continue_text, encode_prompt
-
-Share = Annotated[float, Ge(1e-9), Le(1)]
+from formats.tokenizer import TextTokenizer
+from generation.sampling import Sampling
+from generation.streaming import encode_prompt, stream_text
+from generation.torch_engine import TorchEngine
+from generation.writing import Row, Writer
 
 
 @dataclass(frozen=True)
@@ -35,14 +33,7 @@ class Arguments(Checked):
     """Text to continue. Without it: a conversation on a terminal, or one prompt a line from a pipe."""
     max_new_tokens: Count = 300
     """Stop after this many tokens, if the text has not ended before. Alias: --max_length."""
-    temperature: NonNegative = 0.8
-    """Below 1 the probable becomes more probable; 0 always takes the most probable token."""
-    top_k: Count | None = None
-    """Draw from the k most probable tokens only."""
-    top_p: Share | None = None
-    """Draw from the fewest tokens whose probabilities add up to p."""
-    min_p: Share | None = None
-    """Draw from tokens with at least this share of the largest probability."""
+    sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
     """Also stop before any of these texts."""
     seed: Seed | None = None
@@ -55,50 +46,46 @@ class Arguments(Checked):
     """auto, cpu, cuda, cuda:N or mps."""
 
 
-def read_prompts(interactive: bool) -> Iterator[str]:
-    """Prompts from a terminal, until Ctrl-D, or a line each from a pipe."""
+def piped_prompts() -> Iterator[str]:
+    """A prompt on each line of standard input. Raises ValueError where there is none."""
     if sys.stdin is None:
         raise ValueError("there is no standard input to read prompts from; give --prompt TEXT")
-    if not interactive:
-        for line in sys.stdin:
-            yield line.rstrip("\r\n")
-        return
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 - gives input() a history and editing
-    notice("Type the beginning of a text and press Enter; an empty line starts a text from nothing. Ctrl-C stops a text, Ctrl-D ends.")
-    with contextlib.suppress(EOFError):
-        while True:
-            yield input("> ")
-    print()
+    for line in sys.stdin:
+        yield line.rstrip("\r\n")
 
 
 def main(argv: list[str] | None = None) -> int:
     args = read_command_line(Arguments, argv, __doc__, {"model_path": "checkpoint", "max_length": "max_new_tokens"})
     model, tokenizer, *_ = load_model(args.checkpoint, choose_device(args.device))
     seed = args.seed if args.seed is not None else secrets.randbelow(2**31)
-    if args.seed is None and args.temperature > 0:
+    if args.seed is None and not args.sampling.greedy:
         notice(f"seed {seed}")
-    if args.temperature == 0 and (args.top_k or args.top_p or args.min_p or args.num_samples > 1):
+    if args.sampling.greedy and (args.sampling.top_k or args.sampling.top_p or args.sampling.min_p or args.num_samples > 1):
         notice("at temperature 0 the text is always the same: --top_k, --top_p, --min_p and --num_samples have no effect on it")
     interactive = args.interactive or (args.prompt is None and sys.stdin is not None and sys.stdin.isatty())
     prompts = [args.prompt] if args.prompt is not None else []
-    more = read_prompts(interactive) if interactive or args.prompt is None else ()
-    options = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")}
-    numbers = itertools.count()
-    for prompt in itertools.chain(prompts, more):
+    more = () if interactive or args.prompt is not None else piped_prompts()
+    writer = Writer(TorchEngine(model), tokenizer, args.sampling)
+    for number, prompt in enumerate(itertools.chain(prompts, more)):
         ids = encode_prompt(tokenizer, prompt, model.config.block_size)
-        for number in range(args.num_samples):
-            generator = torch.Generator().manual_seed(derived_seed(seed, next(numbers)))
+        for sample in range(args.num_samples):
             if args.num_samples > 1:
-                print(f"--- {number + 1} of {args.num_samples}")
+                print(f"--- {sample + 1} of {args.num_samples}")
             print(prompt, end="", flush=True)
-            try:
-                for piece in continue_text(model, tokenizer, ids, args.stop, generator=generator, **options):
-                    print(piece, end="", flush=True)
-            except KeyboardInterrupt:
-                if not interactive:
-                    raise
+            for piece in stream_text(writer, Row(ids, args.max_new_tokens, derived_seed(seed, number, sample)), args.stop):
+                print(piece, end="", flush=True)
             print(flush=True)
+    if interactive:
+        from generation.prompt_loop import Conversation, Settings, talk
+
+        settings = Settings(args.sampling, args.max_new_tokens, args.stop, "text", seed)
+        colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+
+        def load(name: str) -> tuple[TorchEngine, TextTokenizer]:
+            model, tokenizer, *_ = load_model(name, choose_device(args.device))
+            return TorchEngine(model), tokenizer
+
+        talk(Conversation(load, args.checkpoint, settings, colours))
     return 0
 
 

@@ -11,7 +11,6 @@ V vocabulary.
 """
 
 import math
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -312,63 +311,6 @@ class GPT(nn.Module):
             if block.mlp.gated:
                 parts[block.mlp.c_fc.weight] = self.config.mlp_width
         return parts
-
-    @torch.inference_mode()
-    def stream(self, idx: Tensor, max_new_tokens: int, generator: torch.Generator | None = None, **sampling) -> Iterator[Tensor]:
-        """Yield max_new_tokens next tokens, each (B,) int64, one after the other.
-
-        idx: (B, T) int64 with T >= 1; of a longer prompt the last block_size tokens count. generator: on the CPU.
-        sampling: the options of `sample_token`. When the context is full, its newer half is kept and read again:
-        with learned or rotary positions, keys and values of a cut-off past can't be kept as they are.
-        """
-        idx = idx[:, -self.config.block_size :]
-        cache = KVCache(self.config, idx.size(0), self.device, self.wte.weight.dtype)
-        step = idx
-        for _ in range(max_new_tokens):
-            if cache.length + step.size(1) > self.config.block_size:
-                step = idx[:, -max(1, self.config.block_size // 2) :]
-                cache.length = 0
-            logits, _ = self(step, kv_cache=cache)
-            token = sample_token(logits[:, -1], generator=generator, **sampling)
-            yield token
-            step = token[:, None].to(idx.device)
-            idx = torch.cat((idx, step), dim=1)[:, -self.config.block_size :]
-
-    def generate(self, idx: Tensor, max_new_tokens: int, **options) -> Tensor:
-        """idx (B, T) followed by max_new_tokens sampled tokens, (B, T + max_new_tokens) int64; options as in `stream`."""
-        tokens = [token.to(idx.device) for token in self.stream(idx, max_new_tokens, **options)]
-        return torch.cat((idx, torch.stack(tokens, dim=1)), dim=1) if tokens else idx
-
-
-def sample_token(
-    logits: Tensor,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Draw one token for each row of logits (B, V) -> (B,) int64 on the CPU.
-
-    temperature 0 (or below 1e-6) takes the most probable token. Filters apply in this order to the probabilities after the temperature:
-    top_k keeps the k most probable tokens; top_p the fewest whose probabilities reach p (Holtzman et al. 2019, nucleus sampling);
-    min_p those with at least min_p times the largest probability (Nguyen et al. 2024).
-    """
-    logits = logits.float().cpu()
-    if temperature < 1e-6:
-        return logits.argmax(dim=-1)
-    probs = ((logits - logits.amax(dim=-1, keepdim=True)) / temperature).softmax(dim=-1)
-    if top_k is not None:
-        largest, order = probs.topk(min(top_k, probs.size(-1)), dim=-1)
-        probs = torch.zeros_like(probs).scatter(-1, order, largest)
-    if top_p is not None:
-        ordered, order = probs.sort(dim=-1, descending=True)
-        before = ordered.cumsum(dim=-1) - ordered
-        keep = before < top_p * ordered.sum(dim=-1, keepdim=True)
-        probs = torch.zeros_like(probs).scatter(-1, order, ordered.where(keep, 0.0))
-    if min_p is not None:
-        probs = probs.where(probs >= min_p * probs.amax(dim=-1, keepdim=True), 0.0)
-    return torch.multinomial(probs, 1, generator=generator).squeeze(-1)
 
 
 CHUNK = {"cpu": 512}  # rows of logits held at once in training: measured on a CPU (MEASUREMENTS.md)

@@ -12,7 +12,7 @@ import math
 import sys
 from importlib.metadata import version
 
-from utils import choose_device, notice
+from utils import choose_device, derived_seed, notice
 
 import numpy as np
 from lm_eval.api.instance import Instance
@@ -30,7 +30,10 @@ from evaluation.tasks import ACCURACIES
 from formats.run_directory import load_model
 from formats.scores import ItemScores, content_hash
 from formats.tokenizer import TextTokenizer
-from generation.streaming import continue_text, encode_prompt
+from generation.sampling import Sampling
+from generation.streaming import encode_prompt, stream_text
+from generation.torch_engine import TorchEngine
+from generation.writing import Row, Writer
 from models import GPT
 
 MAX_GENERATED = 256  # tokens, where a task says nothing
@@ -87,8 +90,8 @@ class HarnessModel(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Texts up to the first stop text, their EOT or max_gen_toks; greedy unless the task samples."""
-        answers, block_size = [], self.model.config.block_size
-        for request in tqdm(requests, desc="generating", unit="text", disable=disable_tqdm or None, leave=False):
+        answers, block_size, engine = [], self.model.config.block_size, TorchEngine(self.model)
+        for number, request in enumerate(tqdm(requests, desc="generating", unit="text", disable=disable_tqdm or None, leave=False)):
             context, asked = request.args
             options = normalize_gen_kwargs(asked, MAX_GENERATED)
             until, count = options["until"], options["max_gen_toks"]
@@ -96,10 +99,9 @@ class HarnessModel(TemplateLM):
             sampling = {name: options[name] for name in ("top_k", "top_p", "min_p") if options.get(name) and options["do_sample"]}
             # as in the harness's own models: a prompt gives way where the text to come would not fit behind it
             prompt = encode_prompt(self.text_tokenizer, context, max(1, block_size - count))
-            text = continue_text(
-                self.model, self.text_tokenizer, prompt, stops, max_new_tokens=count, temperature=options["temperature"], **sampling
-            )
-            answers.append("".join(text))
+            writer = Writer(engine, self.text_tokenizer, Sampling(options["temperature"], **sampling))
+            row = Row(prompt, count, derived_seed("lm-eval", number))
+            answers.append("".join(stream_text(writer, row, stops)))
             self.cache_hook.add_partial("generate_until", request.args, answers[-1])
         return answers
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from utils import derived_seed
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from evaluation.held_out import from_texts
@@ -16,10 +15,13 @@ from evaluation.measures import check_finite, score_tokens, why_no_bits_per_byte
 from formats.data_directory import DataDirectory
 from formats.outputs import write_text
 from formats.tokenizer import TextTokenizer
+from generation.sampling import Sampling
 from generation.streaming import encode_prompt
+from generation.torch_engine import TorchEngine
+from generation.writing import Row, Writer
 from models import GPT
 
-ROWS = 32  # texts written at once; fixed, since the random numbers depend on it
+ROWS = 32  # texts written at once
 REPEATED = 4  # words
 MEMORISED = (8, 13)  # tokens
 CHUNK = 2**20  # tokens of training data looked at together
@@ -44,33 +46,18 @@ def draw_samples(
     model: GPT, tokenizer: TextTokenizer, prompts: list[str], count: int, max_new_tokens: int, temperature: float, seed: int
 ) -> list[Sample]:
     """`count` texts, shared out evenly among the prompts, each up to its EOT or max_new_tokens; a pure function of the seed on a CPU."""
-    samples = []
+    samples, writer = [], Writer(TorchEngine(model), tokenizer, Sampling(temperature))
     with tqdm(total=count, desc="writing", unit="text", disable=None, leave=False) as bar:
         for number, prompt in enumerate(prompts):
             wanted = count // len(prompts) + (number < count % len(prompts))
             start = encode_prompt(tokenizer, prompt, model.config.block_size)
+            rows = [Row(start, max_new_tokens, derived_seed(seed, "samples", number, i)) for i in range(wanted)]
             for first in range(0, wanted, ROWS):
-                generator = torch.Generator().manual_seed(derived_seed(seed, "samples", number, first))
-                rows = start.expand(min(ROWS, wanted - first), -1).to(model.device)
-                for ids in write_rows(model, rows, tokenizer.eot_id, max_new_tokens, temperature, generator):
-                    ended = ids[-1:] == [tokenizer.eot_id]
-                    ids = ids[:-1] if ended else ids
-                    samples.append(Sample(prompt, ids, tokenizer.decode(ids), ended))
-                bar.update(len(rows))
+                bar.update(sum(row.finish is not None for row in writer.write(rows[first : first + ROWS])))
+            for row in rows:
+                ids = [token for token in row.drawn if token != tokenizer.eot_id]
+                samples.append(Sample(prompt, ids, tokenizer.decode(ids), row.finish == "eot"))
     return samples
-
-
-def write_rows(model: GPT, rows: torch.Tensor, eot_id: int, max_new_tokens: int, temperature: float, generator) -> list[list[int]]:
-    """What follows each of rows (B, T), up to and with its EOT."""
-    written: list[list[int]] = [[] for _ in rows]
-    for tokens in model.stream(rows, max_new_tokens, generator, temperature=temperature):
-        going = [row for row in written if row[-1:] != [eot_id]]
-        if not going:
-            break
-        for row, token in zip(written, tokens.tolist()):
-            if row[-1:] != [eot_id]:
-                row.append(token)
-    return written
 
 
 # ---------------------------------------------------------------- variety

@@ -139,6 +139,7 @@ class TextTokenizer:
     loss_reason: None if text without unknown tokens survives encoding and decoding, else why not.
     unknown_id: the id that stands for what the tokenizer doesn't know, None where it knows all.
     pad_id: what fills up shorter rows; where the kind has no padding token the EOT, as is usual with GPT-2.
+    never_drawn: the ids that no text should get: padding, unknown_id, and those below vocab_size that no token has.
     Raises ValueError for a file that is no tokenizer, has no `<|endoftext|>`, or is too large for uint16.
     """
 
@@ -169,6 +170,8 @@ class TextTokenizer:
             raise ValueError(f"{name} can't be used, {' and '.join(wrong)}; {ADVICE}")
         self.pad_id = ids.get(PADDING, self.eot_id)
         self.unknown_id = ids.get(said.model.get("unk_token"), said.model.get("unk_id"))  # the latter is Unigram's
+        gaps = set(range(self.vocab_size)) - set(ids.values()) if len(ids) < self.vocab_size else set()
+        self.never_drawn = sorted((gaps | {self.pad_id, self.unknown_id}) - {self.eot_id, None})
         self.normalizers = said.normalizers
         self.loss_reason = said.loss_reason
 
@@ -227,6 +230,14 @@ class TextTokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids of a text; special tokens in it are treated as ordinary text."""
         return np.concatenate([self._encode_piece(piece) for piece in self._pieces(self.normalize(text))]).tolist()
+
+    def encode_marked(self, text: str) -> list[int]:
+        """As `encode`, but special tokens written out in the text get their ids."""
+        self.tokenizer.encode_special_tokens = False
+        try:
+            return self.tokenizer.encode(text, add_special_tokens=False).ids
+        finally:
+            self.tokenizer.encode_special_tokens = True
 
     def encode_documents(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """Documents, already normalized -> their ids with an EOT behind each (tokens,) uint16, and the tokens of each (len(texts),) int64.

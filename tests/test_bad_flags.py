@@ -261,10 +261,11 @@ def test_shares_of_nothing(mistake, tmp_path, flag, value):
 
 
 def test_the_smallest_share_is_the_most_probable_token():
-    from models import sample_token
+    from generation.sampling import Sampling, process
 
     logits = torch.randn(8, 50, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(sample_token(logits, top_p=1e-9), logits.argmax(dim=-1))
+    scores = process(logits, [[]] * 8, Sampling(1.0, top_p=1e-9))
+    assert torch.equal(scores.argmax(dim=-1), logits.argmax(dim=-1)) and (scores.isfinite().sum(dim=-1) == 1).all()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Every engine behind the one protocol: what it computes with its memory is what the network computes from the whole text."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +9,9 @@ from hypothesis import strategies as st
 
 from config import GPTConfig
 from generation.engines import Engine
+from generation.sampling import Sampling
 from generation.torch_engine import TorchEngine
+from generation.writing import Row, Writer
 from models import GPT
 
 BLOCK, VOCABULARY = 16, 61
@@ -101,3 +105,49 @@ def test_a_full_context_fits_and_one_token_more_does_not(pair):
         engine.step(torch.tensor([[1]]))
     with pytest.raises(ValueError, match="block_size"):
         engine.prefill(torch.tensor([[*text, 1]]))
+
+
+EOT = 5
+TOKENIZER = SimpleNamespace(eot_id=EOT, vocab_size=VOCABULARY, never_drawn=[])
+
+
+def by_hand(model: GPT, prompt: list[int], limit: int) -> list[int]:
+    """The greedy text without any memory: everything is computed again for each token."""
+    ids, context = [*prompt], [*prompt]
+    for _ in range(limit):
+        token = uncached(model, context).argmax().item()
+        ids, context = [*ids, token], [*context, token]
+        if token == EOT:
+            break
+        if len(context) > BLOCK:
+            context = context[-(BLOCK // 2) :]
+    return ids
+
+
+def test_greedy_text_equals_the_uncached_one_token_for_token(pair):
+    """For one text and for several of different lengths, which end at different times; far beyond block_size."""
+    engine, model = pair
+    generator = torch.Generator().manual_seed(3)
+    prompts = [torch.randint(VOCABULARY, (n,), generator=generator).tolist() for n in (1, BLOCK, 7, 7, BLOCK - 1, 2)]
+    prompts.append(prompts[2])
+    expected = [by_hand(model, prompt, limit) for limit, prompt in enumerate(prompts, 3 * BLOCK)]
+    writer = Writer(engine, TOKENIZER, Sampling(0.0))
+    for numbers in ([0], [1], [2], [*range(len(prompts))]):
+        rows = [Row(prompts[i], 3 * BLOCK + i) for i in numbers]
+        for row in writer.write(rows):
+            assert row.finish == ("eot" if row.ids[-1] == EOT else "length" if row.number == row.limit else None)
+        assert [row.ids for row in rows] == [expected[i] for i in numbers]
+
+
+def test_a_text_depends_on_its_seed_alone(pair):
+    engine, _ = pair
+    prompts = [[3], [*range(BLOCK)], [8, 9], [8, 9], [8, 9]]
+
+    def write(numbers: list[int]) -> dict[int, list[int]]:
+        rows = [Row(prompts[i], 2 * BLOCK, seed=100 + i) for i in numbers]
+        [*Writer(engine, TOKENIZER, Sampling(1.0, top_p=0.95)).write(rows)]
+        return {i: row.ids for i, row in zip(numbers, rows)}
+
+    together = write([0, 1, 2, 3, 4])
+    assert together == {i: write([i])[i] for i in range(5)} == write([4, 2]) | write([3, 1, 0])
+    assert together[2] != together[3] != together[4]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from generation.streaming import decode_stream, until_stop
+from generation.streaming import TextStream
 from preparation.tokenizer_kinds import byte_tokenizer, char_tokenizer, train_bpe
 from tests.conftest import ROOT
 
@@ -91,18 +91,25 @@ def test_a_conversation_on_a_terminal(trained_run):
     assert "Once upon" in stdout and "One" in stdout
 
 
-@pytest.mark.parametrize("tokenizer", [BPE, BYTE, char_tokenizer(["abcé🙂 \n"])], ids=["bpe", "byte", "char"])
-@given(text=st.text(alphabet="abcé🙂 \n", max_size=40))
+def pieces_of(tokenizer, ids: list[int], stops: tuple[str, ...] = ()) -> list[str]:
+    stream = TextStream(tokenizer, stops)
+    return [*map(stream.add, ids), stream.end()]
+
+
+@pytest.mark.parametrize(
+    "tokenizer", [BPE, BYTE, char_tokenizer(["abcé🙂 \n中文字あ가\u0301\u200d👩🚀ا\u0e33"])], ids=["bpe", "byte", "char"]
+)
+@given(text=st.text(alphabet="abcé🙂 \n中文字あ가\u0301\u200d👩🚀ا\u0e33", max_size=40))
 @settings(max_examples=60, deadline=None)
 def test_streams_give_whole_characters_and_the_whole_text(tokenizer, text):
-    pieces = list(decode_stream(tokenizer, tokenizer.encode(text)))
+    pieces = pieces_of(tokenizer, tokenizer.encode(text))
     assert "".join(pieces) == text and not any("\ufffd" in piece for piece in pieces)
 
 
 @given(ids=st.lists(st.integers(0, 255), max_size=20))
 @settings(max_examples=100, deadline=None)
 def test_bytes_that_are_no_text_come_out_as_the_decoder_says(ids):
-    assert "".join(decode_stream(BYTE, ids)) == BYTE.decode(ids) == bytes(ids).decode(errors="replace")
+    assert "".join(pieces_of(BYTE, ids)) == BYTE.decode(ids) == bytes(ids).decode(errors="replace")
 
 
 @given(
@@ -112,7 +119,12 @@ def test_bytes_that_are_no_text_come_out_as_the_decoder_says(ids):
 @settings(max_examples=300, deadline=None)
 def test_stopping_equals_cutting_the_whole_text(pieces, stops):
     whole = "".join(pieces)
-    got = "".join(until_stop(pieces, tuple(stops)))
+    stream, got = TextStream(BPE, tuple(stops)), ""
+    for piece in pieces:
+        if not stream.stopped:
+            got += stream.hold(piece)
+    got += stream.end()
+    assert stream.stopped == any(stop in whole for stop in stops)
     cuts = [whole.index(stop) for stop in stops if stop in whole]
     if not cuts:
         assert got == whole

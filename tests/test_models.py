@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import models
 from config import GPTConfig
 from formats.huggingface import hf_config, to_hf
-from models import GPT, KVCache, sample_token
+from models import GPT, KVCache
 
 FAMILIES = {
     "gpt2": {"arch": "gpt2"},
@@ -178,27 +178,6 @@ def test_ignored_targets_add_nothing():
     assert model(x, y)[1].item() == pytest.approx(model(x[:, :4], y[:, :4])[1].item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_generation_equals_the_uncached_argmax(family):
-    model = make(family)
-    prompt = ids(1, 5)
-    got = model.generate(prompt, 12, temperature=0)
-    expected = prompt
-    with torch.inference_mode():
-        for _ in range(12):
-            expected = torch.cat((expected, model(expected)[0][:, -1:].argmax(-1)), dim=1)
-    assert torch.equal(got, expected)
-
-
-def test_generation_goes_on_past_the_context():
-    model = make("qwen3")
-    long = model.generate(ids(1, 40), 60, temperature=0)
-    assert long.shape == (1, 100)
-    context = long[:, :40][:, -24:]  # the first new token sees the prompt's last block_size tokens
-    with torch.inference_mode():
-        assert long[0, 40] == model(context)[0][0, -1].argmax()
-
-
 def test_parameter_groups_cover_every_parameter_once_and_decay_matrices_only():
     for family in FAMILIES:
         for muon in (True, False):
@@ -216,41 +195,6 @@ def test_sizes_of_the_presets():
             model = GPT(getattr(GPTConfig, shape)())
         assert model.num_parameters() / 1e6 == pytest.approx(millions, rel=0.1), shape
     assert GPT(GPTConfig.nano()).num_parameters() / 1e6 == pytest.approx(1, rel=0.1)
-
-
-class TestSampling:
-    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, -2.0]])
-    probabilities = logits.softmax(-1)[0]
-
-    def frequencies(self, n: int = 4000, **options) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(0)
-        drawn = sample_token(self.logits.expand(n, -1), generator=generator, **options)
-        return torch.bincount(drawn, minlength=5) / n
-
-    def test_plain_sampling_follows_the_softmax(self):
-        torch.testing.assert_close(self.frequencies(), self.probabilities, atol=0.03, rtol=0)
-
-    def test_temperature(self):
-        torch.testing.assert_close(self.frequencies(temperature=2.0), (self.logits[0] / 2).softmax(-1), atol=0.03, rtol=0)
-        assert self.frequencies(temperature=0)[0] == 1
-        assert self.frequencies(temperature=1e-30)[0] == 1
-
-    @pytest.mark.parametrize(
-        ("options", "kept"), [({"top_k": 2}, 2), ({"top_k": 99}, 5), ({"top_p": 0.7}, 2), ({"top_p": 0.01}, 1), ({"min_p": 0.1}, 3)]
-    )
-    def test_filters_keep_the_most_probable_and_renormalise(self, options, kept):
-        expected = torch.where(torch.arange(5) < kept, self.probabilities, 0.0)
-        torch.testing.assert_close(self.frequencies(**options), expected / expected.sum(), atol=0.03, rtol=0)
-
-    def test_top_p_keeps_the_fewest_that_reach_p(self):
-        """Four equal probabilities are exact in binary, so two of them reach a half."""
-        for top_p, kept in ((0.25, 1), (0.5, 2), (0.51, 3), (1.0, 4)):
-            drawn = sample_token(torch.zeros(200, 4), top_p=top_p, generator=torch.Generator().manual_seed(0))
-            assert len(drawn.unique()) == kept
-
-    def test_ties_do_not_let_more_than_k_through(self):
-        drawn = sample_token(torch.zeros(500, 5), top_k=2, generator=torch.Generator().manual_seed(0))
-        assert len(drawn.unique()) == 2
 
 
 @pytest.mark.parametrize("family", FAMILIES)

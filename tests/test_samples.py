@@ -59,7 +59,11 @@ def test_texts_end_by_themselves_or_at_the_budget():
     """A model that always says 5, and one that always says the end."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=8, vocab_size=30, n_layer=1, n_head=2, n_embd=16)).eval()
-    tokenizer = type("Tokenizer", (), {"eot_id": 0, "encode": lambda text: [5] * len(text), "decode": lambda ids: "x" * len(ids)})
+    tokenizer = type(
+        "Tokenizer",
+        (),
+        {"eot_id": 0, "vocab_size": 30, "never_drawn": [], "encode": lambda text: [5] * len(text), "decode": lambda ids: "x" * len(ids)},
+    )
     for favourite, ended, length in ((5, False, 12), (0, True, 0)):
         torch.nn.init.zeros_(model.wte.weight)
         torch.nn.init.zeros_(model.ln_f.weight)

@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from utils import derived_seed
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from config import TrainConfig
 from evaluation.measures import score_tokens, summarize, text_bytes, why_no_bits_per_byte
 from formats.data_directory import DataDirectory
 from formats.tokenizer import TextTokenizer
-from generation.streaming import continue_text, encode_prompt
+from generation.sampling import Sampling
+from generation.streaming import encode_prompt, stream_text
+from generation.torch_engine import TorchEngine
+from generation.writing import Row, Writer
 from models import GPT
 from training.learner import Learner
 
@@ -54,10 +56,9 @@ def split_prefix(data: DataDirectory, split: str, limit: int) -> Prefix:
 
 def sample_text(model: GPT, tokenizer: TextTokenizer, config: TrainConfig, step: int) -> str:
     """A text that the model writes now, with random numbers of its own: the training never notices."""
-    generator = torch.Generator().manual_seed(derived_seed(config.seed, step, -1, 0))
     prompt = encode_prompt(tokenizer, config.sample_prompt, model.config.block_size)
-    pieces = continue_text(model, tokenizer, prompt, (), max_new_tokens=config.sample_tokens, generator=generator, temperature=0.8)
-    return config.sample_prompt + "".join(pieces)
+    row = Row(prompt, config.sample_tokens, derived_seed(config.seed, step, -1, 0))
+    return config.sample_prompt + "".join(stream_text(Writer(TorchEngine(model), tokenizer, Sampling()), row))
 
 
 class Validation:
