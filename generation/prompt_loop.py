@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -35,35 +36,38 @@ COMMANDS = {
     "seed": "/seed 7 begins the random numbers anew",
     "quit": "the end, as Ctrl-D",
 }
-HOW = "Type the beginning of a text; an empty line begins one from nothing. Alt-Enter begins a new line, Ctrl-C stops a text, /help lists commands."
+HOW = (
+    "Type the beginning of a text and press Enter; an empty line begins one from nothing. "
+    "Alt-Enter begins a new line, Ctrl-C stops a text, Ctrl-D ends; /help lists commands."
+)
 
 
 @dataclass(frozen=True)
 class Settings(Checked):
     """What commands of the same names change."""
 
-    sampling: Sampling
-    max_new_tokens: Count
-    stop: tuple[str, ...]
-    special: Special
-    seed: Seed
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
+    max_new_tokens: Count = 300
+    stop: tuple[str, ...] = ()
+    special: Special = "text"
+    seed: Seed = 0
 
     def values(self) -> dict[str, object]:
         """Name -> value, the fields of sampling among the others."""
         return vars(self.sampling) | {name: value for name, value in vars(self).items() if name != "sampling"}
 
     def changed(self, name: str, typed: str) -> "Settings":
-        """A copy in which one setting is what was typed; `none` switches it off. Raises ValueError for what it can't be."""
+        """A copy in which one setting is what was typed, or what it is by default. Raises ValueError for what it can't be."""
         owner = self.sampling if name in vars(self.sampling) else self
-        if typed.lower() in ("", "none", "off"):
-            value = () if name == "stop" else getattr(Sampling, name, None)
+        if typed.lower() in ("", "none"):
+            value = getattr(type(owner), name)
         elif name == "stop":
             value = (typed.replace("\\n", "\n"),)
         else:
             try:
                 value = TypeAdapter(get_type_hints(type(owner), include_extras=True)[name]).validate_strings(typed)
-            except ValidationError:
-                value = typed  # what is wrong with it the dataclass says best
+            except ValidationError:  # the dataclass says best what is wrong with it
+                value = int(typed) if re.fullmatch(r"-?\d+", typed) else typed
         new = dataclasses.replace(owner, **{name: value})
         return new if owner is self else dataclasses.replace(self, sampling=new)
 
@@ -127,8 +131,8 @@ class Conversation:
             print(f"/{name:20}{words}")
         for name, value in self.settings.values().items():
             if name not in COMMANDS:
-                print(f"/{name:20}a setting, now {value!r}; none switches it off")
-        print("//                   begins a text with a slash")
+                print(f"/{name:20}a setting, now {value!r}")
+        print("A setting's name alone, or with none, sets it back. // begins a text with a slash.")
 
     def do_retry(self, _: str) -> None:
         turn = self.last()
