@@ -1,26 +1,27 @@
-"""Checkpoint -> text: one prompt, a prompt a line from a pipe, or a conversation at the prompt.
+"""Checkpoint -> text: one prompt, a prompt a line from a pipe, a file of prompts, or a conversation at the prompt.
 
 python generate.py --prompt "Once upon a time"
 python generate.py --model_path best_model.pt --prompt "Once upon a time" --max_length 100
 python generate.py --checkpoint checkpoints/stories --temperature 0.7 --top_p 0.95 --num_samples 3 --seed 1
+python generate.py --prompt_file prompts.txt --output texts.jsonl
 python generate.py --interactive
 """
 
-import itertools
 import os
 import secrets
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
-from utils import Checked, Count, Seed, Text, choose_device, derived_seed, notice, read_command_line, run_script
+from utils import Checked, Count, Natural, Text, choose_device, notice, read_command_line, run_script
 
 from formats.run_directory import load_model
-from formats.tokenizer import TextTokenizer
-from generation.sampling import Sampling
-from generation.streaming import encode_prompt, stream_text
+from generation.session import Continuation, Session, Task
+from generation.settings import Settings
+from generation.streaming import Special
 from generation.torch_engine import TorchEngine
-from generation.writing import Row, Writer
+from generation.writing import Writer
 
 
 @dataclass(frozen=True)
@@ -31,19 +32,40 @@ class Arguments(Checked):
     """A .pt file, an HF folder, or a run directory, also by its name below ./checkpoints. Default: the newest finished run there."""
     prompt: Text | None = None
     """Text to continue. Without it: a conversation on a terminal, or one prompt a line from a pipe."""
-    max_new_tokens: Count = 300
-    """Stop after this many tokens, if the text has not ended before. Alias: --max_length."""
-    sampling: Sampling = field(default_factory=Sampling)
-    stop: tuple[str, ...] = ()
-    """Also stop before any of these texts."""
-    seed: Seed | None = None
-    """Same seed, same text. Default: a random one, which is printed."""
-    num_samples: Count = 1
-    """Texts for each prompt; text number i depends on (seed, i) alone."""
+    prompt_file: str | None = None
+    """A file with a prompt a line, or, if its name ends in .jsonl, a JSON object a line: "prompt" and settings for it."""
+    output: str | None = None
+    """With --prompt_file: write JSON lines there. The same command again continues a file that is not complete."""
+    batch_size: Count = 16
+    """With --prompt_file: texts that are written side by side."""
+    settings: Settings = field(default_factory=Settings)
+    special: Special = "text"
+    """Special tokens such as <|endoftext|> written out in a prompt: their ids (encode), ordinary text, or an error (reject)."""
+    draft: str | None = None
+    """Something quick guesses tokens that the model then checks many at once; the texts stay the same. Another checkpoint with the same
+    tokenizer, or `ngram`: what followed the last tokens earlier in the text."""
+    draft_tokens: Count = 4
+    """Tokens that --draft guesses at once."""
+    json: bool = False
+    """Print each text as a JSON object on a line, with its tokens and their log-probabilities."""
+    top_logprobs: Natural | None = None
+    """With --json or --output: also the so many most probable tokens at each place."""
     interactive: bool = False
     """Ask for prompts, also after --prompt."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
+
+    def problems(self) -> list[str]:
+        problems = []
+        if self.prompt_file is not None and (self.prompt is not None or self.interactive):
+            problems.append("prompt_file takes the place of prompt and interactive; leave those out")
+        if self.json and self.interactive:
+            problems.append("a conversation shows its texts as they are; leave json or interactive out")
+        if self.output is not None and self.prompt_file is None:
+            problems.append("output is for the texts of prompt_file; give one, or write `> FILE`")
+        if self.top_logprobs is not None and not self.json and self.output is None:
+            problems.append("top_logprobs are part of the JSON lines; add --json")
+        return problems
 
 
 def piped_prompts() -> Iterator[str]:
@@ -54,38 +76,97 @@ def piped_prompts() -> Iterator[str]:
         yield line.rstrip("\r\n")
 
 
+def open_session(args: Arguments) -> Session:
+    """The model and how it is to write. Raises FileNotFoundError, ValueError."""
+    model, tokenizer, path, _ = load_model(args.checkpoint, choose_device(args.device))
+    top = (args.top_logprobs or 0) if args.json or args.output is not None else None
+    writer = Writer(TorchEngine(model), tokenizer, args.settings, top)
+    if args.draft is not None:
+        from generation.speculative import with_draft
+
+        writer = with_draft(writer, args.draft, args.draft_tokens, str(model.device))
+    seed = args.settings.seed
+    if seed is None:
+        seed = 0 if args.output is not None else secrets.randbelow(2**31)
+        if not args.settings.greedy and args.settings.beams is None:
+            notice(f"seed {seed}")
+    for sentence in args.settings.unused():
+        notice(sentence)
+    return Session(writer, path, replace(args.settings, seed=None), seed, args.special, args.batch_size)
+
+
+def print_texts(session: Session, texts: list[Continuation], as_json: bool) -> None:
+    """The texts behind a prompt, which are whole."""
+    if as_json:
+        import json
+
+        from generation.prompt_file import describe
+
+        print("\n".join(json.dumps(describe(session, text), ensure_ascii=False) for text in texts), flush=True)
+        return
+    for number, text in enumerate(texts, 1):
+        print(*[f"--- {number} of {len(texts)}\n"] * (len(texts) > 1), text.task.prompt, text.text, sep="", flush=True)
+
+
+def print_stream(session: Session, task: Task) -> None:
+    """The texts behind a prompt, as they grow."""
+    for number, (text, pieces) in enumerate(session.stream(task)):
+        if task.settings.num_samples > 1:
+            print(f"--- {number + 1} of {task.settings.num_samples}")
+        print(task.prompt, end="", flush=True)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print(flush=True)
+        session.count([text])
+
+
+def write_file(session: Session, args: Arguments) -> None:
+    """The texts of a file of prompts, into --output or to stdout. Raises ValueError, FileNotFoundError, OSError."""
+    from generation.prompt_file import OutputFile, complete_all, read_prompt_file
+
+    path = Path(args.prompt_file)
+    tasks = [session.task(*prompt) for prompt in read_prompt_file(path, session.settings)]
+    output = None if args.output is None else OutputFile(args.output, session, tasks, [path, session.path])
+    for texts in complete_all(session, tasks, output):
+        if output is None:
+            print_texts(session, texts, args.json)
+        session.count(texts)
+    if output is not None:
+        notice(f"{len(output.lines)} texts are in {output.path}")
+
+
+def answer_prompts(session: Session, args: Arguments) -> None:
+    """The texts behind --prompt, or behind each prompt that comes through a pipe; a conversation where one is wanted."""
+    interactive = args.interactive or (args.prompt is None and not args.json and sys.stdin is not None and sys.stdin.isatty())
+    for prompt in [args.prompt] if args.prompt is not None else () if interactive else piped_prompts():
+        task = session.task(prompt)
+        if args.json:
+            texts = next(session.complete([task]))[1]
+            print_texts(session, texts, as_json=True)
+            session.count(texts)
+        else:
+            print_stream(session, task)
+    if interactive:
+        from generation.prompt_loop import Conversation, talk
+
+        def reopen(name: str, settings: Settings) -> Session:
+            return open_session(replace(args, checkpoint=name, settings=settings))
+
+        talk(Conversation(session, reopen, sys.stdout.isatty() and "NO_COLOR" not in os.environ))
+
+
 def main(argv: list[str] | None = None) -> int:
     args = read_command_line(Arguments, argv, __doc__, {"model_path": "checkpoint", "max_length": "max_new_tokens"})
-    model, tokenizer, *_ = load_model(args.checkpoint, choose_device(args.device))
-    seed = args.seed if args.seed is not None else secrets.randbelow(2**31)
-    if args.seed is None and not args.sampling.greedy:
-        notice(f"seed {seed}")
-    if args.sampling.greedy and (args.sampling.top_k or args.sampling.top_p or args.sampling.min_p or args.num_samples > 1):
-        notice("at temperature 0 the text is always the same: --top_k, --top_p, --min_p and --num_samples have no effect on it")
-    interactive = args.interactive or (args.prompt is None and sys.stdin is not None and sys.stdin.isatty())
-    prompts = [args.prompt] if args.prompt is not None else []
-    more = () if interactive or args.prompt is not None else piped_prompts()
-    writer = Writer(TorchEngine(model), tokenizer, args.sampling)
-    for number, prompt in enumerate(itertools.chain(prompts, more)):
-        ids = encode_prompt(tokenizer, prompt, model.config.block_size)
-        for sample in range(args.num_samples):
-            if args.num_samples > 1:
-                print(f"--- {sample + 1} of {args.num_samples}")
-            print(prompt, end="", flush=True)
-            for piece in stream_text(writer, Row(ids, args.max_new_tokens, derived_seed(seed, number, sample)), args.stop):
-                print(piece, end="", flush=True)
-            print(flush=True)
-    if interactive:
-        from generation.prompt_loop import Conversation, Settings, talk
-
-        settings = Settings(args.sampling, args.max_new_tokens, args.stop, "text", seed)
-        colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-
-        def load(name: str) -> tuple[TorchEngine, TextTokenizer]:
-            model, tokenizer, *_ = load_model(name, choose_device(args.device))
-            return TorchEngine(model), tokenizer
-
-        talk(Conversation(load, args.checkpoint, settings, colours))
+    session = open_session(args)
+    if args.prompt_file is not None:
+        write_file(session, args)
+    else:
+        answer_prompts(session, args)
+    if session.guessed:
+        told = (
+            f"{session.accepted} of {session.guessed} tokens that the draft guessed were right ({session.accepted / session.guessed:.0%})"
+        )
+        notice(f"\033[2m{told}\033[0m" if sys.stderr.isatty() else told)
     return 0
 
 

@@ -115,6 +115,7 @@ KINDS = {
 }
 # the same for files that aren't JSON -> what stands near their beginning
 MARKS = {"evaluation picture": b"evaluate.py", "table of scores": b"index.npy", "list of samples": b"evaluate.py"}
+MARKS["list of texts"] = b""  # generate.py looks at each of its lines
 # in a directory with one of these, tokenizer.json belongs to them
 OWNERS_OF_TOKENIZERS = ("meta.json", "metrics.jsonl", "best_model.pt", "*.safetensors*")
 

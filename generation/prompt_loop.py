@@ -4,25 +4,22 @@ import dataclasses
 import os
 import re
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_type_hints
 
-from utils import Checked, Count, Seed, derived_seed, notice, report
+from utils import notice, report
 
 import torch
 from pydantic import TypeAdapter, ValidationError
 
 from formats.outputs import write_text
-from formats.tokenizer import TextTokenizer
-from generation.engines import Engine
 from generation.reading import Reader, window_start
-from generation.sampling import Sampling
-from generation.streaming import Special, encode_prompt, stream_text
+from generation.session import Session
+from generation.settings import Settings
+from generation.streaming import encode_prompt
 from generation.token_view import BOLD, DIM, PLAIN, probability_bars, surprise_view
-from generation.writing import Row, Writer
 
 COMMANDS = {
     "help": "this list",
@@ -42,82 +39,63 @@ HOW = (
 )
 
 
-@dataclass(frozen=True)
-class Settings(Checked):
-    """What commands of the same names change."""
-
-    sampling: Sampling = dataclasses.field(default_factory=Sampling)
-    max_new_tokens: Count = 300
-    stop: tuple[str, ...] = ()
-    special: Special = "text"
-    seed: Seed = 0
-
-    def values(self) -> dict[str, object]:
-        """Name -> value, the fields of sampling among the others."""
-        return vars(self.sampling) | {name: value for name, value in vars(self).items() if name != "sampling"}
-
-    def changed(self, name: str, typed: str) -> "Settings":
-        """A copy in which one setting is what was typed, or what it is by default. Raises ValueError for what it can't be."""
-        owner = self.sampling if name in vars(self.sampling) else self
-        if typed.lower() in ("", "none"):
-            value = getattr(type(owner), name)
-        elif name == "stop":
-            value = (typed.replace("\\n", "\n"),)
-        else:
-            try:
-                value = TypeAdapter(get_type_hints(type(owner), include_extras=True)[name]).validate_strings(typed)
-            except ValidationError:  # the dataclass says best what is wrong with it
-                value = int(typed) if re.fullmatch(r"-?\d+", typed) else typed
-        new = dataclasses.replace(owner, **{name: value})
-        return new if owner is self else dataclasses.replace(self, sampling=new)
+def changed(settings: Settings, name: str, typed: str) -> Settings:
+    """A copy in which one setting is what was typed, or, for nothing or `none`, what it is by default. Raises ValueError."""
+    if typed.lower() in ("", "none"):
+        value = getattr(Settings, name)
+    elif name == "stop":
+        value = (typed.replace("\\n", "\n"),)
+    else:
+        try:
+            value = TypeAdapter(get_type_hints(Settings, include_extras=True)[name]).validate_strings(typed)
+        except ValidationError:  # the dataclass says best what is wrong with it
+            value = int(typed) if re.fullmatch(r"-?\d+", typed) else typed
+    return dataclasses.replace(settings, **{name: value})
 
 
 @dataclass
 class Turn:
-    """A text that the model continued. typed and ids: what was there before, as text and as ids; the others: afterwards."""
+    """A text that the model continued: typed and its ids stood there before, text and all_ids afterwards."""
 
     typed: str
     ids: list[int]
-    text: str = ""
-    all_ids: list[int] = dataclasses.field(default_factory=list)
+    text: str
+    all_ids: list[int]
 
 
 class Conversation:
-    """load: name of a checkpoint -> what computes it and its tokenizer. colours: whether stdout is a terminal that shows them."""
+    """A session at the prompt. reopen: name of a checkpoint, settings -> a session with it. colours: whether stdout shows them."""
 
-    def __init__(self, load: Callable[[str], tuple[Engine, TextTokenizer]], checkpoint: str, settings: Settings, colours: bool = False):
-        self.load, self.settings, self.colours = load, settings, colours
-        self.engine, self.tokenizer = load(checkpoint)
+    def __init__(self, session: Session, reopen: Callable[[str, Settings], Session], colours: bool = False):
+        self.session, self.reopen, self.colours = session, reopen, colours
         self.turns: list[Turn] = []
-        self.number = 0  # of the texts since the seed was set: each has random numbers of its own
-
-    # ------------------------------------------------------------ texts
 
     def encode(self, text: str) -> list[int]:
-        return encode_prompt(self.tokenizer, text, self.engine.config.block_size, self.settings.special)
+        writer = self.session.writer
+        return encode_prompt(writer.tokenizer, text, writer.engine.config.block_size, self.session.special)
 
     def shown(self, text: str, style: str) -> str:
         return f"{style}{text}{PLAIN}" if self.colours and text else text
 
-    def write(self, turn: Turn, limit: int) -> None:
+    def write(self, typed: str, ids: list[int], settings: Settings | None = None) -> None:
         """Let the model go on with a text, and show it as it grows."""
-        row = Row(turn.ids, limit, derived_seed(self.settings.seed, self.number, 0))
-        writer = Writer(self.engine, self.tokenizer, self.settings.sampling)
-        self.turns.append(turn)
-        self.number += 1
-        turn.text, turn.all_ids = turn.typed, row.ids
-        print(self.shown(turn.typed, BOLD), end="", flush=True)
-        started = time.perf_counter()
-        try:
-            for piece in stream_text(writer, row, self.settings.stop):
-                turn.text += piece
-                print(piece, end="", flush=True)
-        finally:  # Ctrl-C keeps what was written
-            print(flush=True)
+        task = self.session.next_task(typed, ids, settings)
+        for number, (text, pieces) in enumerate(self.session.stream(task), 1):
+            if task.settings.num_samples > 1:
+                print(f"--- {number} of {task.settings.num_samples}")
+            print(self.shown(typed, BOLD), end="", flush=True)
+            try:
+                for piece in pieces:
+                    print(piece, end="", flush=True)
+            finally:  # Ctrl-C keeps what was written
+                print(flush=True)
+                self.turns.append(Turn(typed, ids, typed + text.text, text.row.ids))
             if self.colours:
-                rate = row.number / (time.perf_counter() - started)
-                used = (len(row.ids) - window_start(len(row.ids), self.engine.config.block_size)) / self.engine.config.block_size
-                print(self.shown(f"{rate:,.0f} tokens/s, {used:.0%} of the context used", DIM))
+                size = self.session.writer.engine.config.block_size
+                used = (len(text.row.ids) - window_start(len(text.row.ids), size)) / size
+                rate = f"{text.row.number / text.seconds:,.0f} tokens/s, " if text.seconds else ""
+                print(self.shown(f"{rate}{used:.0%} of the context used", DIM))
+            self.session.count([text])
 
     def last(self) -> Turn:
         if not self.turns:
@@ -129,7 +107,7 @@ class Conversation:
     def do_help(self, _: str) -> None:
         for name, words in COMMANDS.items():
             print(f"/{name:20}{words}")
-        for name, value in self.settings.values().items():
+        for name, value in vars(self.session.settings).items():
             if name not in COMMANDS:
                 print(f"/{name:20}a setting, now {value!r}")
         print("A setting's name alone, or with none, sets it back. // begins a text with a slash.")
@@ -137,7 +115,7 @@ class Conversation:
     def do_retry(self, _: str) -> None:
         turn = self.last()
         del self.turns[-1]
-        self.write(Turn(turn.typed, turn.ids), self.settings.max_new_tokens)
+        self.write(turn.typed, turn.ids)
 
     def do_undo(self, _: str) -> None:
         self.last()
@@ -146,22 +124,24 @@ class Conversation:
 
     def do_continue(self, words: str) -> None:
         turn = self.last()
-        limit = self.settings.changed("max_new_tokens", words).max_new_tokens if words else self.settings.max_new_tokens
-        if turn.all_ids[-1] == self.tokenizer.eot_id:
+        if turn.all_ids[-1] == self.session.writer.tokenizer.eot_id:
             raise ValueError("the model has ended this text; /retry writes another, /undo takes it back")
-        self.write(Turn(turn.text, turn.all_ids), limit)
+        settings = self.session.settings
+        self.write(turn.text, turn.all_ids, changed(settings, "max_new_tokens", words) if words else settings)
 
     def do_probs(self, words: str) -> None:
         ids = self.encode(words) if words or not self.turns else self.turns[-1].all_ids
-        print(probability_bars(self.tokenizer, Reader(self.engine).read([ids])[0, -1]))
+        writer = self.session.writer
+        print(probability_bars(writer.tokenizer, Reader(writer.engine).read([ids])[0, -1]))
 
     def do_surprise(self, words: str) -> None:
         ids = torch.tensor([self.encode(words or self.last().text)])
-        first = self.engine.prefill(ids[:, :1])  # (1, V)
         if ids.size(1) == 1:
             raise ValueError("there is nothing to read; write /surprise TEXT")
-        rest = self.engine.step(ids[:, 1:-1])[0] if ids.size(1) > 2 else first[:0]
-        print(surprise_view(self.tokenizer, ids[0, 1:].tolist(), torch.cat((first, rest)), self.colours))
+        engine = self.session.writer.engine
+        first = engine.prefill(ids[:, :1])  # (1, V)
+        rest = engine.step(ids[:, 1:-1])[0] if ids.size(1) > 2 else first[:0]
+        print(surprise_view(self.session.writer.tokenizer, ids[0, 1:].tolist(), torch.cat((first, rest)), self.colours))
 
     def do_save(self, words: str) -> None:
         if not words or Path(words).exists():
@@ -172,12 +152,14 @@ class Conversation:
     def do_model(self, words: str) -> None:
         if not words:
             raise ValueError("name a checkpoint: /model NAME")
-        self.engine, self.tokenizer = self.load(words)
+        seed = self.session.seed
+        self.session = self.reopen(words, dataclasses.replace(self.session.settings, seed=seed))
         for turn in self.turns:
             turn.ids, turn.all_ids = self.encode(turn.typed), self.encode(turn.text)
 
     def do_seed(self, words: str) -> None:
-        self.settings, self.number = self.settings.changed("seed", words), 0
+        self.session.seed = changed(self.session.settings, "seed", words).seed or 0
+        self.session.prompts = 0
 
     # ------------------------------------------------------------ lines
 
@@ -186,14 +168,14 @@ class Conversation:
         name, _, words = line[1:].partition(" ")
         if not line.startswith("/") or line.startswith("//"):
             text = line[1:] if line.startswith("//") else line
-            self.write(Turn(text, self.encode(text)), self.settings.max_new_tokens)
+            self.write(text, self.encode(text))
         elif name == "quit":
             return False
         elif name in COMMANDS:
             getattr(self, f"do_{name}")(words.strip())
-        elif name in self.settings.values():
-            self.settings = self.settings.changed(name, words.strip())
-            print(f"{name} is {self.settings.values()[name]!r}")
+        elif name in vars(self.session.settings):
+            self.session.settings = changed(self.session.settings, name, words.strip())
+            print(f"{name} is {getattr(self.session.settings, name)!r}")
         else:
             raise ValueError(f"there is no command /{name}; /help lists them, and // begins a text with a slash")
         return True
@@ -253,6 +235,6 @@ def talk(conversation: Conversation) -> None:
         raise ValueError("there is no standard input to read prompts from; give --prompt TEXT")
     if sys.stdin.isatty():
         notice(HOW)
-        conversation.run(typed_lines([*COMMANDS, *(name for name in conversation.settings.values() if name not in COMMANDS)]))
+        conversation.run(typed_lines([*dict.fromkeys((*COMMANDS, *vars(conversation.session.settings)))]))
     else:
         conversation.run(line.rstrip("\r\n") for line in sys.stdin)

@@ -44,9 +44,8 @@ class Reader:
             logits = logits[rows]
         return logits
 
-    def extend(self, context: list[int], count: int) -> Tensor | None:
-        """As `read` for a single text, if at least half of it needn't be read again; else None."""
-        known = self.contexts[0]
+    def extend(self, known: list[int], context: list[int], count: int) -> Tensor | None:
+        """As `read` for a single text, where `known` was read; None if more than half of it would be read again."""
         same = next((i for i, (a, b) in enumerate(zip(known, context)) if a != b), min(len(known), len(context)))
         kept = min(same, len(context) - count)
         if 2 * kept < len(context):
@@ -62,10 +61,10 @@ class Reader:
         `select`, is used as far as these begin alike.
         """
         contexts = [text[window_start(len(text), self.block_size) :] for text in texts]
-        logits = None
-        if len(contexts) == len(self.contexts) == 1:
-            logits = self.extend(contexts[0], count)
-        elif self.contexts == [context[:-1] for context in contexts]:
+        logits, known, self.contexts = None, self.contexts, []  # an interruption leaves nothing that is known
+        if len(contexts) == len(known) == 1:
+            logits = self.extend(known[0], contexts[0], count)
+        elif known == [context[:-1] for context in contexts]:
             logits = self.engine.step(torch.tensor([context[-1:] for context in contexts]))
         if logits is None:
             logits = self.prefill([context[: len(context) - count + 1] for context in contexts])[:, None]

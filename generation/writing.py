@@ -21,7 +21,7 @@ class Row:
     ids: the prompt, then what was drawn, with the EOT where one ended it. start: length of the prompt. limit: most tokens to draw.
     seed: of its random numbers. finish: why it ended, None while it goes on; whoever reads along may set it. log_probabilities: of each
     drawn token under the model's own distribution, before any setting changes it, in nats; top: the most probable ones there, as
-    (id, log-probability). Both only if asked for.
+    (id, log-probability). Both only if asked for. guessed, accepted: tokens that a draft guessed, and those of them that were drawn.
     """
 
     ids: list[int]
@@ -31,6 +31,8 @@ class Row:
     start: int = field(init=False)
     log_probabilities: list[float] = field(default_factory=list)
     top: list[list[tuple[int, float]]] = field(default_factory=list)
+    guessed: int = 0
+    accepted: int = 0
 
     def __post_init__(self):
         self.ids, self.start = list(self.ids), len(self.ids)
@@ -57,9 +59,13 @@ class Writer:
     def __post_init__(self):
         self.reader = Reader(self.engine)
 
+    def scores(self, logits: Tensor, rows: Sequence[Row], sampling: Sampling) -> Tensor:
+        """What `process` makes of the next logits (B, V) of rows."""
+        return process(logits[:, : self.tokenizer.vocab_size], [row.ids for row in rows], sampling, self.tokenizer.never_drawn)
+
     def choose(self, logits: Tensor, rows: Sequence[Row]) -> list[int]:
         """A token for each row, whose next logits are (B, V)."""
-        scores = process(logits[:, : self.tokenizer.vocab_size], [row.ids for row in rows], self.sampling, self.tokenizer.never_drawn)
+        scores = self.scores(logits, rows, self.sampling)
         if self.sampling.greedy:
             return scores.argmax(dim=-1).tolist()
         return draw(scores, [row.seed for row in rows], [row.number for row in rows]).tolist()

@@ -1,15 +1,19 @@
 """generate.py as a user runs it, and the streams behind it."""
 
+import json
 import re
 import shutil
 import subprocess
 import sys
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from generation.streaming import TextStream
+from formats.run_directory import load_model
+from formats.tokenizer import load_tokenizer
+from generation.streaming import TextStream, encode_prompt
 from preparation.tokenizer_kinds import byte_tokenizer, char_tokenizer, train_bpe
 from tests.conftest import ROOT
 
@@ -71,6 +75,100 @@ def test_stop_texts(trained_run, script):
     stop = text[20:24]
     stopped = run(script, trained_run, "--prompt", "Once", "--temperature", 0, "--max_new_tokens", 60, "--stop", stop, "zzz").stdout
     assert stopped.rstrip("\n") == "Once" + text[4:].split(stop)[0].rstrip("\n")
+
+
+def test_a_stop_text_across_tokens_is_not_printed(trained_run, script):
+    arguments = ["--prompt", "Once", "--temperature", 0, "--max_new_tokens", 60, "--json"]
+    whole = json.loads(run(script, trained_run, *arguments).stdout)
+    tokenizer = load_tokenizer(trained_run)
+    pieces = [tokenizer.decode([i]) for i in whole["tokens"]]
+    stop = pieces[9][-1] + pieces[10][:1]  # the end of a token and the beginning of the next one
+    found = json.loads(run(script, trained_run, *arguments, "--stop", stop).stdout)
+    cut = whole["text"].index(stop)
+    assert found["finish"] == "stop" and found["text"] == whole["text"][:cut] and whole["finish"] == "length"
+    assert found["tokens"] == whole["tokens"][: len(found["tokens"])] and stop in tokenizer.decode(found["tokens"])
+
+
+def test_special_tokens_in_prompts(trained_run, script, mistake, tmp_path):
+    """As text they are read letter by letter; as ids, a document's end stands between two documents; an EOT in front isn't doubled."""
+    tokenizer, eot = load_tokenizer(trained_run), "<|endoftext|>"
+    one, two = tokenizer.encode("One day"), tokenizer.encode("Once")
+    assert encode_prompt(tokenizer, f"One day{eot}Once", 99, "encode") == [tokenizer.eot_id, *one, tokenizer.eot_id, *two]
+    assert encode_prompt(tokenizer, f"{eot}Once", 99, "encode") == encode_prompt(tokenizer, "Once", 99) == [tokenizer.eot_id, *two]
+    as_text = encode_prompt(tokenizer, f"One day{eot}", 99)
+    assert as_text.count(tokenizer.eot_id) == 1 and tokenizer.decode(as_text) == f"One day{eot}"
+    assert encode_prompt(tokenizer, "", 99, "reject") == [tokenizer.eot_id]  # an empty prompt starts a document
+    said = mistake("generate.py", "--checkpoint", trained_run, "--prompt", f"One{eot}", "--special", "reject", cwd=tmp_path)
+    assert "the prompt holds the special token <|endoftext|>" in said
+    texts = {run(script, trained_run, "--prompt", prompt, "--special", "encode", "--seed", 1).stdout for prompt in (f"{eot}Once", "Once")}
+    assert {text.removeprefix(eot) for text in texts} == {max(texts, key=len).removeprefix(eot)}
+
+
+def test_json_lines_tell_what_the_model_thought(trained_run, script):
+    """Log-probabilities are the model's own, whatever the settings made of them."""
+    arguments = ["--prompt", "Once", "--seed", 3, "--num_samples", 3, "--max_new_tokens", 25]
+    settings = ["--temperature", 2, "--top_k", 5, "--repetition_penalty", 1.2]
+    lines = run(script, trained_run, *arguments, *settings, "--json", "--top_logprobs", 2).stdout.splitlines()
+    model, tokenizer, *_ = load_model(str(trained_run))
+    for number, line in enumerate(map(json.loads, lines)):
+        ids = encode_prompt(tokenizer, "Once", 32)
+        with torch.inference_mode():
+            logs = model(torch.tensor([ids + line["tokens"]]))[0][0, len(ids) - 1 :].log_softmax(-1)
+        for token, its, top, expected in zip(line["tokens"], line["logprobs"], line["top_logprobs"], logs):
+            assert its == pytest.approx(expected[token].item(), abs=1e-4)
+            values, best = expected.topk(2)
+            assert [pair["token"] for pair in top] == best.tolist() and top[0]["text"] == tokenizer.decode(best[:1].tolist())
+            assert [pair["logprob"] for pair in top] == pytest.approx(values.tolist(), abs=1e-4)
+        assert (line["prompt"], line["sample"], line["seed"]) == ("Once", number, 3) and line["seconds"] > 0
+        assert line["finish"] == ("eot" if line["tokens"][-1] == tokenizer.eot_id else "length")
+    texts = run(script, trained_run, *arguments, *settings).stdout  # one after the other, streamed
+    assert [part.split("\n", 1)[1] for part in texts.split("--- ")[1:]] == [f"Once{json.loads(line)['text']}\n" for line in lines]
+
+
+def test_the_best_of_several(trained_run, script):
+    """The one whose tokens have the highest mean log-probability of those that --num_samples writes."""
+    arguments = ["--prompt", "Once", "--seed", 3, "--max_new_tokens", 12, "--temperature", 1.5, "--json"]
+    every = [*map(json.loads, run(script, trained_run, *arguments, "--num_samples", 6).stdout.splitlines())]
+    means = [sum(line["logprobs"]) / len(line["tokens"]) for line in every]
+    kept = [*map(json.loads, run(script, trained_run, *arguments, "--num_samples", 2, "--best_of", 6).stdout.splitlines())]
+    order = sorted(range(6), key=means.__getitem__, reverse=True)[:2]
+    assert [line["text"] for line in kept] == [every[i]["text"] for i in order] and [line["sample"] for line in kept] == order
+    assert [line["score"] for line in kept] == pytest.approx([means[i] for i in order])
+
+
+def test_beams_find_more_probable_texts_than_drawing(trained_run, script):
+    arguments = ["--prompt", "Once", "--max_new_tokens", 12, "--json"]
+    found = [*map(json.loads, run(script, trained_run, *arguments, "--beams", 4, "--num_samples", 2).stdout.splitlines())]
+    greedy = json.loads(run(script, trained_run, *arguments, "--temperature", 0).stdout)
+    assert found[0]["score"] > found[1]["score"] and found[0]["score"] == pytest.approx(sum(found[0]["logprobs"]) / len(found[0]["tokens"]))
+    assert sum(found[0]["logprobs"]) >= sum(greedy["logprobs"]) - 1e-4
+    printed = run(script, trained_run, *arguments[:-1], "--beams", 4, "--num_samples", 2)
+    assert printed.stdout == f"--- 1 of 2\nOnce{found[0]['text']}\n--- 2 of 2\nOnce{found[1]['text']}\n" and "seed" not in printed.stderr
+
+
+def test_a_draft_changes_no_text_and_its_share_is_told(trained_run, script):
+    arguments = ["--prompt", "Once upon a time", "--seed", 2, "--max_new_tokens", 50]
+    plain = run(script, trained_run, *arguments)
+    for draft in ("ngram", trained_run):
+        process = run(script, trained_run, *arguments, "--draft", draft)
+        assert process.stdout == plain.stdout and re.search(r"\d+ of \d+ tokens that the draft guessed were right", process.stderr)
+    line = json.loads(run(script, trained_run, *arguments, "--draft", trained_run, "--json").stdout)
+    assert 0 < line["draft"]["accepted"] == line["draft"]["guessed"]
+
+
+def test_a_full_context_is_told_once(trained_run, script):
+    process = run(script, trained_run, "--max_new_tokens", 60, "--temperature", 0, stdin="Once\nOne\n")
+    assert process.stderr.count("a text grew beyond the model's context of 32 tokens") == 1
+    assert "grew" not in run(script, trained_run, "--max_new_tokens", 5, "--prompt", "Once").stderr
+
+
+def test_options_without_effect_are_told(trained_run, script):
+    for arguments, told in (
+        (["--temperature", 0, "--top_k", 3], "top_k have no effect"),
+        (["--beams", 2, "--top_p", 0.5], "beams don't draw: top_p have no effect"),
+        (["--length_penalty", 2.0], "length_penalty is an option of beams"),
+    ):
+        assert told in run(script, trained_run, "--prompt", "x", "--max_new_tokens", 2, *arguments).stderr
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
@@ -140,6 +238,16 @@ def test_stopping_equals_cutting_the_whole_text(pieces, stops):
         (["--top_k", "0"], "top_k=0"),
         (["--max_new_tokens", "0"], "max_new_tokens=0"),
         (["--seed", "-3"], "seed=-3"),
+        (["--repetition_penalty", "0"], "repetition_penalty=0.0"),
+        (["--no_repeat_ngram", "0"], "no_repeat_ngram=0"),
+        (["--beams", "2", "--best_of", "2"], "two ways to choose"),
+        (["--beams", "2", "--num_samples", "3"], "num_samples=3 texts can't be kept of beams=2"),
+        (["--best_of", "2", "--temperature", "0"], "raise temperature"),
+        (["--top_logprobs", "3"], "add --json"),
+        (["--output", "x.jsonl"], "output is for the texts of prompt_file"),
+        (["--prompt_file", "p.txt"], "prompt_file takes the place of prompt"),
+        (["--special", "drop"], "special"),
+        (["--draft_tokens", "0"], "draft_tokens=0"),
         (["--checkpoint", "missing.pt"], "no checkpoint at missing.pt"),
     ],
 )
