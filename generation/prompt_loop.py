@@ -209,7 +209,7 @@ def typed_lines(names: list[str]) -> Iterator[str]:
 
     keys = KeyBindings()
     keys.add("enter")(lambda event: event.current_buffer.validate_and_handle())
-    keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
+    keys.add("escape", "enter", eager=True)(lambda event: event.current_buffer.insert_text("\n"))  # else it would end the input
     history = history_path()
     try:
         history.parent.mkdir(parents=True, exist_ok=True)

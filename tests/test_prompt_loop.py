@@ -1,5 +1,6 @@
 """The conversation of generate.py --interactive: commands, mistakes that don't end it, and a real terminal."""
 
+import contextlib
 import math
 import os
 import re
@@ -52,14 +53,14 @@ def test_settings_last_and_are_undone(say):
 
 
 def test_retry_undo_continue_and_seed(say):
-    first, second = re.split("(?=Once)", say("Once", "/retry").stdout)[1:]
+    first, second = re.split("(?=Zyx)", say("Zyx", "/retry").stdout)[1:]
     assert first != second
-    again = say("Once", "/seed 5", "/retry").stdout
+    again = say("Zyx", "/seed 5", "/retry").stdout
     assert again == 2 * first
-    texts = say("/max_new_tokens 4", "Once", "/continue 8", "/undo", "/undo", "/temperature 0").stdout
+    texts = say("/max_new_tokens 4", "Zyx", "/continue 8", "/undo", "/undo", "/temperature 0").stdout
     assert "there is no text any more" in texts
-    greedy = say("/temperature 0", "/max_new_tokens 4", "Once", "/continue 8").stdout
-    assert greedy.endswith(say("/temperature 0", "Once").stdout.partition("\n")[2])  # 4 + 8 tokens are 12 tokens
+    greedy = say("/temperature 0", "/max_new_tokens 4", "Zyx", "/continue 8").stdout
+    assert greedy.endswith(say("/temperature 0", "Zyx").stdout.partition("\n")[2])  # 4 + 8 tokens are 12 tokens
 
 
 def test_mistakes_are_sentences_and_the_conversation_goes_on(say, tmp_path):
@@ -151,24 +152,29 @@ class Terminal:
 
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C reaches it
 
+    def read(self, deadline: float) -> None:
+        """What has appeared meanwhile. Nobody reading it, the program would wait."""
+        if time.monotonic() > deadline:
+            self.process.kill()
+            pytest.fail(f"the program is stuck behind {self.shown!r}")
+        with contextlib.suppress(OSError):  # it has ended
+            if select.select([self.master], [], [], 0.1)[0]:
+                self.shown += ANSI.sub("", os.read(self.master, 10000).decode(errors="replace"))
+
     def wait_for(self, words: str) -> None:
         """Read until these words have appeared, and forget all up to them."""
         deadline = time.monotonic() + DEADLINE
         while words not in self.shown:
-            if time.monotonic() > deadline:
-                self.process.kill()
-                pytest.fail(f"{words!r} never came: {self.shown!r}")
-            if select.select([self.master], [], [], 1)[0]:
-                self.shown += ANSI.sub("", os.read(self.master, 10000).decode(errors="replace"))
+            self.read(deadline)
         self.shown = self.shown.partition(words)[2]
 
     def end(self) -> int:
         """Its exit code."""
-        try:
-            return self.process.wait(DEADLINE)
-        finally:
-            self.process.kill()
-            os.close(self.master)
+        deadline = time.monotonic() + DEADLINE
+        while self.process.poll() is None:
+            self.read(deadline)
+        os.close(self.master)
+        return self.process.returncode
 
     def type(self, keys: str) -> None:
         os.write(self.master, keys.encode())
@@ -179,7 +185,7 @@ def test_a_real_terminal(trained_run, tmp_path):
     """Editing, Ctrl-C that stops a text and not the program, several lines, history of an earlier conversation."""
     arguments = ["--checkpoint", trained_run, "--device", "cpu", "--seed", 1, "--max_new_tokens", 5]
     terminal = Terminal(arguments, tmp_path, XDG_STATE_HOME=str(tmp_path))
-    terminal.wait_for("> ")
+    terminal.wait_for(">")
     terminal.type("Onc\x7fce upon\r")  # a backspace
     terminal.wait_for("of the context used")
     terminal.type("/max_new_tokens 1000000\r")
@@ -190,13 +196,13 @@ def test_a_real_terminal(trained_run, tmp_path):
     terminal.wait_for("day")
     time.sleep(0.5)
     terminal.type("\x03")
-    terminal.wait_for("> ")
+    terminal.wait_for(">")
     terminal.type("/max_new_tokens 3\r")
     terminal.wait_for("is 3")
     terminal.type("/quit\r")
     assert terminal.end() == 0
     second = Terminal(arguments, tmp_path, XDG_STATE_HOME=str(tmp_path))
-    second.wait_for("> ")
+    second.wait_for(">")
     second.type("\x1b[A\x1b[A\r")  # up, up: what was typed before /quit
     second.wait_for("max_new_tokens is 3")
     second.type("\x04")
