@@ -7,8 +7,7 @@ python generate.py --prompt_file prompts.txt --output texts.jsonl
 python generate.py --interactive
 """
 
-import contextlib
-import itertools
+import os
 import secrets
 import sys
 from collections.abc import Iterator
@@ -17,13 +16,10 @@ from pathlib import Path
 
 from utils import Checked, Count, Natural, Text, choose_device, notice, read_command_line, run_script
 
-from formats.run_directory import load_model
-from formats.tokenizer import TextTokenizer
-from generation.engines import Engine
+from generation.loading import load_engine
 from generation.session import Continuation, Session, Task
 from generation.settings import Settings
 from generation.streaming import Special
-from generation.torch_engine import TorchEngine
 from generation.writing import Writer
 
 
@@ -32,7 +28,7 @@ class Arguments(Checked):
     """Flags of generate.py."""
 
     checkpoint: str = "./checkpoints"
-    """A .pt file, an HF folder, or a run directory, also by its name below ./checkpoints. Default: the newest finished run there."""
+    """A .pt or .onnx file, an HF folder, a run directory, also by its name below ./checkpoints. Default: the newest finished run there."""
     prompt: Text | None = None
     """Text to continue. Without it: a conversation on a terminal, or one prompt a line from a pipe."""
     prompt_file: str | None = None
@@ -62,6 +58,8 @@ class Arguments(Checked):
         problems = []
         if self.prompt_file is not None and (self.prompt is not None or self.interactive):
             problems.append("prompt_file takes the place of prompt and interactive; leave those out")
+        if self.json and self.interactive:
+            problems.append("a conversation shows its texts as they are; leave json or interactive out")
         if self.output is not None and self.prompt_file is None:
             problems.append("output is for the texts of prompt_file; give one, or write `> FILE`")
         if self.draft_tokens is not None and self.draft is None:
@@ -71,32 +69,18 @@ class Arguments(Checked):
         return problems
 
 
-def read_prompts(interactive: bool) -> Iterator[str]:
-    """Prompts from a terminal, until Ctrl-D, or a line each from a pipe."""
+def piped_prompts() -> Iterator[str]:
+    """A prompt on each line of standard input. Raises ValueError where there is none."""
     if sys.stdin is None:
         raise ValueError("there is no standard input to read prompts from; give --prompt TEXT")
-    if not interactive:
-        for line in sys.stdin:
-            yield line.rstrip("\r\n")
-        return
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 - gives input() a history and editing
-    notice("Type the beginning of a text and press Enter; an empty line starts a text from nothing. Ctrl-C stops a text, Ctrl-D ends.")
-    with contextlib.suppress(EOFError):
-        while True:
-            yield input("> ")
-    print()
-
-
-def open_engine(name: str, device: str) -> tuple[Engine, TextTokenizer, Path]:
-    """What `--checkpoint NAME` means, ready to write. Raises FileNotFoundError, ValueError."""
-    model, tokenizer, path, _ = load_model(name, choose_device(device))
-    return TorchEngine(model), tokenizer, path
+    for line in sys.stdin:
+        yield line.rstrip("\r\n")
 
 
 def open_session(args: Arguments) -> Session:
     """The model and how it is to write. Raises FileNotFoundError, ValueError."""
-    engine, tokenizer, path = open_engine(args.checkpoint, args.device)
+    device = choose_device(args.device)
+    engine, tokenizer, path = load_engine(args.checkpoint, device)
     top = (args.top_logprobs or 0) if args.json or args.output is not None else None
     writer = Writer(engine, tokenizer, args.settings, top)
     if args.draft is not None and args.settings.beams is not None:
@@ -106,7 +90,7 @@ def open_session(args: Arguments) -> Session:
 
         draft = NgramDraft()
         if args.draft != "ngram":
-            smaller, its_tokenizer, its_path = open_engine(args.draft, args.device)
+            smaller, its_tokenizer, its_path = load_engine(args.draft, device)
             check_draft(tokenizer, its_tokenizer, its_path)
             draft = ModelDraft(smaller)
         writer = SpeculativeWriter(engine, tokenizer, args.settings, top, draft, args.draft_tokens or COUNT)
@@ -133,18 +117,14 @@ def print_texts(session: Session, texts: list[Continuation], as_json: bool) -> N
         print(*[f"--- {number} of {len(texts)}\n"] * (len(texts) > 1), text.task.prompt, text.text, sep="", flush=True)
 
 
-def print_stream(session: Session, task: Task, interactive: bool) -> None:
-    """The texts behind a prompt, as they grow. Ctrl-C ends one of them in a conversation."""
+def print_stream(session: Session, task: Task) -> None:
+    """The texts behind a prompt, as they grow."""
     for number, (text, pieces) in enumerate(session.stream(task)):
         if task.settings.num_samples > 1:
             print(f"--- {number + 1} of {task.settings.num_samples}")
         print(task.prompt, end="", flush=True)
-        try:
-            for piece in pieces:
-                print(piece, end="", flush=True)
-        except KeyboardInterrupt:
-            if not interactive:
-                raise
+        for piece in pieces:
+            print(piece, end="", flush=True)
         print(flush=True)
         session.count([text])
 
@@ -165,18 +145,23 @@ def write_file(session: Session, args: Arguments) -> None:
 
 
 def answer_prompts(session: Session, args: Arguments) -> None:
-    """The texts behind --prompt, and behind each prompt that is typed or comes through a pipe."""
-    interactive = args.interactive or (args.prompt is None and sys.stdin is not None and sys.stdin.isatty())
-    prompts = [args.prompt] if args.prompt is not None else []
-    more = read_prompts(interactive) if interactive or args.prompt is None else ()
-    for prompt in itertools.chain(prompts, more):
+    """The texts behind --prompt, or behind each prompt that comes through a pipe; a conversation where one is wanted."""
+    interactive = args.interactive or (args.prompt is None and not args.json and sys.stdin is not None and sys.stdin.isatty())
+    for prompt in [args.prompt] if args.prompt is not None else () if interactive else piped_prompts():
         task = session.task(prompt)
         if args.json:
             texts = next(session.complete([task]))[1]
             print_texts(session, texts, as_json=True)
             session.count(texts)
         else:
-            print_stream(session, task, interactive)
+            print_stream(session, task)
+    if interactive:
+        from generation.prompt_loop import Conversation, talk
+
+        def reopen(name: str, settings: Settings) -> Session:
+            return open_session(replace(args, checkpoint=name, settings=settings))
+
+        talk(Conversation(session, reopen, sys.stdout.isatty() and "NO_COLOR" not in os.environ))
 
 
 def main(argv: list[str] | None = None) -> int:

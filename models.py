@@ -45,15 +45,15 @@ class KVCache:
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v, (B, K, T, D), behind what is there; return all keys and values so far, (B, K, S, D)."""
-        end = self.length + k.size(2)
+        T, keys, values = k.size(2), self.k[layer], self.v[layer]
         if self.lengths is None:
-            self.k[layer, :, :, self.length : end] = k
-            self.v[layer, :, :, self.length : end] = v
+            keys.narrow(2, self.length, T).copy_(k)
+            values.narrow(2, self.length, T).copy_(v)
         else:
-            at = self.positions(k.size(2))[:, None, :, None].expand_as(k)
-            self.k[layer].scatter_(2, at, k)
-            self.v[layer].scatter_(2, at, v)
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+            at = self.positions(T)[:, None, :, None].expand_as(k)
+            keys.scatter_(2, at, k)
+            values.scatter_(2, at, v)
+        return keys.narrow(2, 0, self.length + T), values.narrow(2, 0, self.length + T)
 
     def advance(self, T: int) -> None:
         """T tokens were stored in every layer."""

@@ -73,7 +73,11 @@ class Session:
     def task(self, prompt: str, settings: Settings | None = None) -> Task:
         """The next prompt. Raises ValueError for one that holds what it may not."""
         block_size = self.writer.engine.config.block_size
-        task = Task(prompt, encode_prompt(self.writer.tokenizer, prompt, block_size, self.special), self.prompts, settings or self.settings)
+        return self.next_task(prompt, encode_prompt(self.writer.tokenizer, prompt, block_size, self.special), settings)
+
+    def next_task(self, prompt: str, ids: list[int], settings: Settings | None = None) -> Task:
+        """As `task`, for a prompt whose ids are known."""
+        task = Task(prompt, ids, self.prompts, settings or self.settings)
         self.prompts += 1
         if task.settings.best_of is not None and self.writer.top is None:
             self.writer.top = 0

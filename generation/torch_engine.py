@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from generation.fast_step import FastStep
 from models import GPT, KVCache
 
 
@@ -13,6 +14,7 @@ class TorchEngine:
     def __init__(self, model: GPT):
         self.model, self.config = model, model.config
         self.cache = self.new_cache(1)
+        self.fast: FastStep | None = None  # made for the first single token on a CPU
 
     def new_cache(self, rows: int) -> KVCache:
         return KVCache(self.config, rows, self.model.device, self.model.wte.weight.dtype)
@@ -31,6 +33,9 @@ class TorchEngine:
 
     @torch.inference_mode()
     def step(self, ids: Tensor) -> Tensor:
+        if ids.size(1) == 1 and self.model.wte.weight.dtype == torch.float32 and self.model.device.type == "cpu":
+            self.fast = self.fast or FastStep(self.model)
+            return self.fast(ids[:, 0], self.cache)[:, None]
         return self.logits(self.model.features(ids.to(self.model.device), self.cache))
 
     def keep(self, length: int) -> None:

@@ -17,6 +17,7 @@ from formats.data_directory import DataDirectory
 from formats.metrics import read_metrics
 from formats.run_directory import newest_checkpoint
 from formats.tokenizer import EOT
+from models import GPT
 from tests.conftest import ROOT
 
 TIMING = {"tokens_per_second"}
@@ -98,3 +99,11 @@ def documents(directory, split: str) -> list[str]:
     text = data.tokenizer.tokenizer.decode(data.tokens(split).tolist(), skip_special_tokens=False)
     assert text.endswith(EOT)
     return text.split(EOT)[:-1]
+
+
+@torch.inference_mode()
+def greedy(model: GPT, ids: list[int], count: int) -> list[int]:
+    """Ids followed by the `count` most probable ones, each from all before it: nothing is cached, nothing ends the text."""
+    for _ in range(count):
+        ids = [*ids, int(model(torch.tensor([ids]))[0][0, -1].argmax())]
+    return ids

@@ -7,9 +7,9 @@ import shutil
 import subprocess
 
 import pytest
-import torch
 
 from formats.run_directory import load_model
+from tests import runs
 from tests.conftest import ROOT
 
 PAGE = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
@@ -42,10 +42,10 @@ def place(exported, tmp_path):
 def greedy(exported, script):
     """What the model writes behind the prompt: ids of the prompt, its EOT in front, and of the whole text; and what generate.py prints."""
     model, tokenizer, *_ = load_model(str(exported[0]))
-    ids = torch.tensor([[tokenizer.eot_id, *tokenizer.encode(PROMPT)]])
+    ids = [tokenizer.eot_id, *tokenizer.encode(PROMPT)]
     flags = ["--prompt", PROMPT, "--temperature", 0, "--max_new_tokens", LENGTH, "--device", "cpu"]
     text = script("generate.py", "--checkpoint", exported[0], *flags).stdout.removesuffix("\n")
-    return ids[0].tolist(), model.generate(ids, LENGTH, temperature=0)[0].tolist(), text
+    return ids, runs.greedy(model, ids, LENGTH), text
 
 
 @pytest.mark.parametrize("heading", SNIPPETS)

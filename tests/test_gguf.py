@@ -26,6 +26,7 @@ from models import GPT
 from preparation.sample_corpus import load_grammar, stories
 from preparation.tokenizer_kinds import byte_tokenizer, make_tokenizer, train_bpe
 from tests.conftest import tiny
+from tests.runs import greedy
 
 STORIES = [text for text, _ in stories(load_grammar(), 0, "test", 40)]
 BPE = train_bpe(STORIES, 400)
@@ -309,7 +310,7 @@ def test_llama_cpp_writes_the_same_greedy_text(family, trained, opened, tmp_path
     for prompt in PROMPTS:
         ids = [tokenizer.eot_id, *tokenizer.encode(prompt)]
         assert llama.tokenize(prompt.encode()) == ids
-        expected = model.generate(torch.tensor([ids]), 64, temperature=0)[0].tolist()
+        expected = greedy(model, ids, 64)
         llama.reset()
         llama.eval(ids)
         got = [*ids]

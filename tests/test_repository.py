@@ -109,7 +109,7 @@ def test_every_script_has_commands_to_paste_and_help(script):
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 ALIASES = {"model_path": "checkpoint", "max_length": "max_new_tokens"}
-OF_OTHER_PROGRAMS = {"index-url", "n_ctx", "nproc_per_node", "check", "model", "model_args"}  # pip, torchrun, ruff, lm_eval
+OF_OTHER_PROGRAMS = {"build", "index-url", "n_ctx", "nproc_per_node", "check", "model", "model_args"}  # pip, torchrun, ruff, lm_eval
 LARGEST_README = 10_240  # bytes
 
 
