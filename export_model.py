@@ -56,7 +56,7 @@ def write_verified(source: Source, name: str, path: Path) -> dict[str, float]:
     with tqdm(desc=f"{name}: writing", bar_format="{desc}{postfix} {elapsed}", disable=None, leave=False) as bar:
         loaded = format.write(source, path)
         bar.bar_format = None
-        bar.set_description(f"{name}: checking")
+        bar.set_description(f"{name}: checking", refresh=False)
         figures = verify(source, loaded, format.exact, bar)
     return figures if format.exact else figures | resolve_name("export.quality:measure")(source, loaded)
 

@@ -39,13 +39,8 @@ class Format:
         return writer(source, path)
 
     def why_not(self, source: Source) -> str | None:
-        """Why this model can't be written so, or its quality not be measured; None where it can."""
-        if self.fits is not None and (reason := resolve_name(self.fits)(source)):
-            return reason
-        try:
-            return None if self.exact or source.data else "there is no data to measure it on"
-        except (ValueError, FileNotFoundError) as error:
-            return str(error)
+        """Why this model can't be written so; None where it can."""
+        return None if self.fits is None else resolve_name(self.fits)(source)
 
     def missing(self) -> list[str]:
         """The packages that aren't installed."""
