@@ -194,7 +194,7 @@ def test_a_cost_beyond_the_allowed_is_told(sample_dir, trained_run):
     assert "(+5.00%, 1.00% more than 4 bits should cost)" in told and "tokens/s" not in told
     nowhere = dataclasses.replace(source, content={"train_config": {}}, options={})
     told = sentence(measure(nowhere, SimpleNamespace(rounded=files)))
-    assert "quality was not measured" in told and "evaluate.py --checkpoint" in told
+    assert "quality was not measured" in told and "--data_dir DIR" in told
 
 
 def test_a_width_that_no_block_divides(tmp_path):
