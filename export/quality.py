@@ -71,7 +71,7 @@ def sentence(figures: dict) -> str:
     if "tokens_per_second" in figures:
         words.append(f"{figures['tokens_per_second_before']:,.0f} -> {figures['tokens_per_second']:,.0f} tokens/s with one thread")
     if "reason" in figures:
-        advice = "measure it with evaluate.py --checkpoint FILE --data_dir DIR"
+        advice = "export it again with --overwrite --data_dir DIR"
         return f"{figures['runtime']}: {', '.join(words)}; quality was not measured, for {figures['reason']}; {advice}"
     name, unit = ("loss", "nats per token") if figures["bits_per_byte"] is None else ("bits_per_byte", "bits per byte")
     cost, allowed = figures["loss"] / figures["loss_before"] - 1, ALLOWED[figures["bits"]]

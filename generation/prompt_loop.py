@@ -233,7 +233,7 @@ def talk(conversation: Conversation) -> None:
     """Hold a conversation at the terminal, or with lines from a pipe, until its end. Raises ValueError without standard input."""
     if sys.stdin is None:
         raise ValueError("there is no standard input to read prompts from; give --prompt TEXT")
-    if sys.stdin.isatty():
+    if sys.stdin.isatty() and sys.stdout.isatty():
         notice(HOW)
         conversation.run(typed_lines([*dict.fromkeys((*COMMANDS, *vars(conversation.session.settings)))]))
     else:

@@ -178,24 +178,6 @@ def test_options_without_effect_are_told(trained_run, script):
         assert told in run(script, trained_run, "--prompt", "x", "--max_new_tokens", 2, *arguments).stderr
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
-def test_a_conversation_on_a_terminal(trained_run):
-    import os
-    import pty
-
-    ours, theirs = pty.openpty()
-    command = [sys.executable, str(ROOT / "generate.py"), "--checkpoint", str(trained_run), "--max_new_tokens", "5", "--seed", "1"]
-    process = subprocess.Popen(
-        command, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    os.write(ours, b"Once upon\nOne\n\x04")
-    stdout, stderr = process.communicate(timeout=120)
-    os.close(ours)
-    os.close(theirs)
-    assert process.returncode == 0 and "Ctrl-D" in stderr and stdout.count("> ") == 3
-    assert "Once upon" in stdout and "One" in stdout
-
-
 @pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
 def test_padding_unknown_and_missing_ids_are_never_written(arch):
     """By a model that prefers them to everything else, drawing, greedy or with beams; nor ids beyond the tokenizer's."""

@@ -24,7 +24,6 @@ from generation.onnx_engine import CachedEngine, RecomputingEngine
 from generation.shared_cache import SharedEngine, can_share
 from models import GPT
 from preparation.tokenizer_kinds import SPECIAL, char_tokenizer
-from tests.conftest import tiny
 from tests.test_engines import (  # noqa: F401 - the same tests for other engines: they ask for a `pair`
     MODELS,
     VOCABULARY,
@@ -79,15 +78,6 @@ PAIRS = [(engine, shape) for engine in ("cached", "shared") for shape in WIDE] +
 def pair(request, tmp_path_factory):
     name, shape = request.param
     return ENGINES[name](WIDE[shape], tmp_path_factory.mktemp("engine") / "model.onnx"), WIDE[shape]
-
-
-@pytest.fixture(scope="module")
-def gpt2_run(tmp_path_factory, sample_dir):
-    import train
-
-    directory = tmp_path_factory.mktemp("gpt2")
-    assert train.main(tiny(arch="gpt2", data_dir=sample_dir, out_dir=directory, max_steps=3)) == 0
-    return directory
 
 
 @pytest.fixture(scope="module", params=["qwen3", "gpt2"])
@@ -204,7 +194,7 @@ def test_a_cost_beyond_the_allowed_is_told(sample_dir, trained_run):
     assert "(+5.00%, 1.00% more than 4 bits should cost)" in told and "tokens/s" not in told
     nowhere = dataclasses.replace(source, content={"train_config": {}}, options={})
     told = sentence(measure(nowhere, SimpleNamespace(rounded=files)))
-    assert "quality was not measured" in told and "evaluate.py --checkpoint" in told
+    assert "quality was not measured" in told and "--data_dir DIR" in told
 
 
 def test_a_width_that_no_block_divides(tmp_path):
