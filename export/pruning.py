@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from config import GPTConfig
 from evaluation.held_out import Prefix, model_hash, split_prefix
-from evaluation.measures import score_tokens, summarize
+from evaluation.measures import check_finite, score_tokens, summarize
 from export.verify import Source
 from formats.data_directory import DataDirectory
 from models import GPT
@@ -92,7 +92,7 @@ def importance(model: GPT, rows: Tensor) -> Tensor:
 
     hooks = [block.mlp.c_proj.register_forward_pre_hook(adding(layer)) for layer, block in enumerate(model.h)]
     try:
-        for batch in tqdm(rows.split(ROWS), desc="neurons", unit="batch", leave=False):
+        for batch in tqdm(rows.split(ROWS), desc="neurons", unit="batch", disable=None, leave=False):
             model.features(batch)
     finally:
         for hook in hooks:
@@ -141,7 +141,7 @@ def with_fewer_layers(model: GPT, count: int, loss: Callable[[GPT], float]) -> t
     layers, removed = [*range(model.config.n_layer)], []
     if count >= len(layers):
         raise ValueError(f"prune_layers={count}, but the model has {len(layers)} layers and one must stay; pass at most {len(layers) - 1}")
-    with tqdm(total=sum(len(layers) - done for done in range(count)), desc="layers", unit="layer", leave=False) as bar:
+    with tqdm(total=sum(len(layers) - done for done in range(count)), desc="layers", unit="layer", disable=None, leave=False) as bar:
         for _ in range(count):
             losses = []
             for layer in range(len(layers)):
@@ -171,9 +171,14 @@ def sample_windows(directories: list[DataDirectory], block_size: int) -> Tensor:
     return torch.from_numpy(np.stack(rows))
 
 
-def measure(model: GPT, prefix: Prefix, eot_id: int) -> dict[str, float | None]:
-    """Loss and bits per byte (None where they have no meaning) on the beginning of a validation split."""
-    summary = summarize(score_tokens(model, prefix.tokens, eot_id), prefix.n_bytes)
+def measure(model: GPT, source: Source, prefix: Prefix) -> dict[str, float | None]:
+    """Loss and bits per byte (None where they have no meaning) on the beginning of a validation split. model: the source's, or made of it.
+
+    Raises ValueError for weights that give no probabilities.
+    """
+    score = score_tokens(model, prefix.tokens, source.tokenizer.eot_id)
+    check_finite(score, source.path)
+    summary = summarize(score, prefix.n_bytes)
     return {name: summary[name] for name in ("loss", "bits_per_byte")}
 
 
@@ -202,10 +207,10 @@ def pruned(source: Source, asked: Pruning, output: Path) -> tuple[Source, dict]:
     """
     if output.resolve() == source.path.resolve().parent:
         raise ValueError(f"{output} is where exports of the whole model stand; choose another --output for the pruned one")
-    prefix, eot_id = split_prefix(source.data[0], "val", SAMPLE_TOKENS), source.tokenizer.eot_id
-    before = measure(source.model, prefix, eot_id)
-    model, done = smaller(source, asked, lambda tried: measure(tried, prefix, eot_id)["loss"])
-    after = measure(model, prefix, eot_id)
+    prefix = split_prefix(source.data[0], "val", SAMPLE_TOKENS)
+    before = measure(source.model, source, prefix)
+    model, done = smaller(source, asked, lambda tried: measure(tried, source, prefix)["loss"])
+    after = measure(model, source, prefix)
     unit, name = ("loss", "nats per token") if before["bits_per_byte"] is None else ("bits_per_byte", "bits/byte")
     where = f"the first {len(prefix.tokens):,} validation tokens of {Path(source.data[0].name).resolve().name}"
     done += [f"{source.model.num_parameters():,} -> {model.num_parameters():,} parameters"]
