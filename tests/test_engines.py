@@ -61,7 +61,7 @@ TOKENS = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=6)
 
 
 @given(data=st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_logits_are_those_of_the_whole_text(pair, data):
     """Rows of any lengths; then steps of one or more tokens, rows left out, doubled and in another order."""
     engine, model = pair

@@ -92,7 +92,7 @@ def test_work_is_continued_wherever_it_was_killed(folder, trained_run, script, m
     script("generate.py", *flags, "--batch_size", 3)
     assert (folder / "o.jsonl").read_bytes() == whole and not begun
     ends = [i for i, byte in enumerate(whole) if byte == 10]
-    for cut in (0, 1, 5, 9, 30, ends[0], ends[0] + 1, ends[4] + 3, ends[7] + 200, len(whole) - 1):
+    for cut in (1, 30, ends[0], ends[4] + 3, ends[7] + 1, len(whole) - 1):
         (folder / "o.jsonl").write_bytes(whole[:cut])
         script("generate.py", *flags, "--batch_size", 3)
         after = (folder / "o.jsonl").read_bytes()
