@@ -27,14 +27,12 @@ from tqdm import tqdm
 from evaluation.likelihood import log_likelihoods
 from evaluation.task_scores import encode_pair, measure
 from evaluation.tasks import ACCURACIES
-from formats.run_directory import load_model
 from formats.scores import ItemScores, content_hash
 from formats.tokenizer import TextTokenizer
+from generation.loading import Network, engine_of, load_network
 from generation.sampling import Sampling
 from generation.streaming import encode_prompt, stream_text
-from generation.torch_engine import TorchEngine
 from generation.writing import Row, Writer
-from models import GPT
 
 MAX_GENERATED = 256  # tokens, where a task says nothing
 COLUMNS = {"acc": "correct", "acc_norm": "correct_norm", "perplexity": "log_probability"}  # the harness's metrics -> our columns
@@ -50,11 +48,11 @@ class HarnessModel(TemplateLM):
     def __init__(self, checkpoint: str = "./checkpoints", batch_size: int | str = 32, device: str | None = None, **_):
         super().__init__()
         device = "auto" if device in (None, "cuda:0") else device  # the latter is the command line's default, also where there is none
-        self.model, self.text_tokenizer, *_ = load_model(checkpoint, choose_device(device))
+        self.model, self.text_tokenizer, *_ = load_network(checkpoint, choose_device(device))
         self.batch_size = int(batch_size)
 
     @classmethod
-    def of(cls, model: GPT, tokenizer: TextTokenizer, batch_size: int) -> "HarnessModel":
+    def of(cls, model: Network, tokenizer: TextTokenizer, batch_size: int) -> "HarnessModel":
         """A model that is loaded already."""
         found = cls.__new__(cls)
         TemplateLM.__init__(found)
@@ -90,7 +88,7 @@ class HarnessModel(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Texts up to the first stop text, their EOT or max_gen_toks; greedy unless the task samples."""
-        answers, block_size, engine = [], self.model.config.block_size, TorchEngine(self.model)
+        answers, block_size, engine = [], self.model.config.block_size, engine_of(self.model)
         for number, request in enumerate(tqdm(requests, desc="generating", unit="text", disable=disable_tqdm or None, leave=False)):
             context, asked = request.args
             options = normalize_gen_kwargs(asked, MAX_GENERATED)
@@ -154,7 +152,7 @@ def summarize_samples(task: HarnessTask, samples: list[dict], results: dict) -> 
 
 
 def run_harness_tasks(
-    model: GPT, tokenizer: TextTokenizer, names: list, model_hash: str, known: dict[str, ItemScores], batch_size: int = 32
+    model: Network, tokenizer: TextTokenizer, names: list, model_hash: str, known: dict[str, ItemScores], batch_size: int = 32
 ) -> dict[str, ItemScores]:
     """The scores of tasks of lm-evaluation-harness (names, or configurations as dictionaries), as task_scores.run_tasks gives ours."""
     with contextlib.redirect_stdout(sys.stderr):  # the harness prints what it does

@@ -15,11 +15,10 @@ from evaluation.measures import check_finite, score_tokens, why_no_bits_per_byte
 from formats.data_directory import DataDirectory
 from formats.outputs import write_text
 from formats.tokenizer import TextTokenizer
+from generation.loading import Network, engine_of
 from generation.sampling import Sampling
 from generation.streaming import encode_prompt
-from generation.torch_engine import TorchEngine
 from generation.writing import Row, Writer
-from models import GPT
 
 ROWS = 32  # texts written at once
 REPEATED = 4  # words
@@ -43,10 +42,10 @@ class Sample:
 
 
 def draw_samples(
-    model: GPT, tokenizer: TextTokenizer, prompts: list[str], count: int, max_new_tokens: int, temperature: float, seed: int
+    model: Network, tokenizer: TextTokenizer, prompts: list[str], count: int, max_new_tokens: int, temperature: float, seed: int
 ) -> list[Sample]:
     """`count` texts, shared out evenly among the prompts, each up to its EOT or max_new_tokens; a pure function of the seed on a CPU."""
-    samples, writer = [], Writer(TorchEngine(model), tokenizer, Sampling(temperature))
+    samples, writer = [], Writer(engine_of(model), tokenizer, Sampling(temperature))
     with tqdm(total=count, desc="writing", unit="text", disable=None, leave=False) as bar:
         for number, prompt in enumerate(prompts):
             wanted = count // len(prompts) + (number < count % len(prompts))
@@ -147,7 +146,7 @@ def documents_of(directory: DataDirectory) -> Iterator[list[int]]:
 # ---------------------------------------------------------------- all together
 
 
-def judged(samples: list[Sample], judge: GPT, tokenizer: TextTokenizer, name: str | Path) -> dict:
+def judged(samples: list[Sample], judge: Network, tokenizer: TextTokenizer, name: str | Path) -> dict:
     """How well another model, which `name` holds, predicts the texts: perplexity, and bits per byte where its tokenizer knows the texts.
 
     EOTs are counted where the texts ended by themselves. Raises ValueError for a model whose weights give no probabilities.
