@@ -1,13 +1,14 @@
 """Speed, memory and learning of the stages, also beside a peer that runs from its own checkout.
 
     python benchmark.py train --against nanogpt ../nanoGPT
+    python benchmark.py generate --against nanogpt ../nanoGPT
     python benchmark.py prepare --text stories.txt --large_megabytes 1000
     python benchmark.py quality --against nanogpt ../nanoGPT --text tinyshakespeare.txt
     python benchmark.py tasks --task hellaswag --checkpoint checkpoints/data
-    python benchmark.py statistics
 
 prepare     megabytes per second and peak memory of prepare_data.py, a bare loop of tiktoken, and datasets.map in two processes
 train       tokens per second and peak memory of train.py, as a fraction of what this machine's matrix products reach
+generate    tokens per second of texts that grow, by each engine, beside transformers and nanoGPT, and what the memory allows
 quality     how long training on a text (the last tenth is held out) takes to reach the peer's loss, and what it reaches in the peer's time
 tasks       seconds to score a task, beside lm-evaluation-harness with the same model in transformers
 statistics  how often the intervals and verdicts of compare.py are wrong, on simulated runs without any true difference
@@ -24,7 +25,7 @@ from utils import Checked, Count, choose_device, read_command_line, run_script
 import tyro
 from annotated_types import Ge
 
-from benchmarks import preparation, quality, statistics, tasks, training
+from benchmarks import generation, preparation, quality, statistics, tasks, training
 from benchmarks.harness import workplace
 from evaluation.tasks import DATA
 
@@ -33,8 +34,8 @@ from evaluation.tasks import DATA
 class Arguments(Checked):
     """Flags of benchmark.py."""
 
-    stage: tyro.conf.Positional[Literal["prepare", "train", "quality", "tasks", "statistics"]]
-    """prepare, train, quality, tasks or statistics."""
+    stage: tyro.conf.Positional[Literal["prepare", "train", "generate", "quality", "tasks", "statistics"]]
+    """prepare, train, generate, quality, tasks or statistics."""
     against: tuple[str, str] | None = None
     """A peer and its checkout: nanogpt DIR."""
     rounds: Count = 5
@@ -80,6 +81,8 @@ def main(argv: list[str] | None = None) -> int:
     with workplace() as cwd:
         if args.stage == "train":
             training.measure(args.rounds, args.steps, choose_device(args.device), checkout, cwd)
+        elif args.stage == "generate":
+            generation.measure(args.rounds, checkout, cwd)
         elif args.stage == "prepare":
             preparation.measure(args.rounds, args.text, args.megabytes, args.large_megabytes, cwd)
         elif args.stage == "tasks":

@@ -92,6 +92,17 @@ def our_script(name: str, values: dict) -> list[str]:
     return [sys.executable, str(REPOSITORY / name), *flags(values)]
 
 
+def word_tokenizer(size: int):
+    """A TextTokenizer with so many ids, for data whose words don't matter; the EOT is 0."""
+    from tokenizers import Tokenizer, models
+
+    from formats.tokenizer import EOT, TextTokenizer
+
+    tokenizer = Tokenizer(models.WordLevel({EOT: 0} | {f"t{i}": i for i in range(1, size)}, unk_token=EOT))
+    tokenizer.add_special_tokens([EOT])
+    return TextTokenizer(tokenizer.to_str())
+
+
 def spread(values: list[float], form: str = ".3g") -> str:
     """Median (smallest to largest)."""
     return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"

@@ -1,14 +1,18 @@
 """nanoGPT as a peer: its own scripts, run unchanged from its own checkout, and what they print and save."""
 
+import contextlib
 import importlib.util
+import io
 import re
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
 
 from benchmarks.harness import Finished, flags, run
+from config import GPTConfig
 
 
 def lay_out(checkout: Path, cwd: Path) -> Path:
@@ -33,11 +37,24 @@ def step_seconds(output: str) -> list[float]:
     return times[1:-1]
 
 
-def validate(directory: Path) -> tuple[float, int]:
-    """Nats per token of its checkpoint on the whole validation split, each token predicted once, and its number of parameters."""
-    spec = importlib.util.spec_from_file_location("nanogpt_model", directory / "model.py")
+def load_module(path: Path) -> ModuleType:
+    """Its model.py, from where it lies."""
+    spec = importlib.util.spec_from_file_location("nanogpt_model", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def make_model(checkout: Path, config: GPTConfig) -> torch.nn.Module:
+    """Its network with the shape of ours and random weights."""
+    module, names = load_module(checkout / "model.py"), ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
+    with contextlib.redirect_stdout(io.StringIO()):  # it tells its size
+        return module.GPT(module.GPTConfig(**{name: getattr(config, name) for name in names}, dropout=0.0, bias=True)).eval()
+
+
+def validate(directory: Path) -> tuple[float, int]:
+    """Nats per token of its checkpoint on the whole validation split, each token predicted once, and its number of parameters."""
+    module = load_module(directory / "model.py")
     saved = torch.load(directory / "out" / "ckpt.pt", map_location="cpu", weights_only=True)
     model = module.GPT(module.GPTConfig(**saved["model_args"])).eval()
     model.load_state_dict({name.removeprefix("_orig_mod."): weight for name, weight in saved["model"].items()})

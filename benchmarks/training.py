@@ -7,13 +7,11 @@ from pathlib import Path
 from utils import notice
 
 import numpy as np
-from tokenizers import Tokenizer, models
 
 from benchmarks import nanogpt
-from benchmarks.harness import Finished, our_script, print_matrix_rate, run, spread
+from benchmarks.harness import Finished, our_script, print_matrix_rate, run, spread, word_tokenizer
 from formats.metrics import METRICS, read_metrics
 from formats.run_directory import load_model
-from formats.tokenizer import EOT
 
 VOCABULARY = 50257
 # what both sides train: on a CPU the `mini` preset, on a GPU GPT-2's 124M parameters
@@ -47,10 +45,7 @@ def write_data(cwd: Path) -> None:
     (cwd / "bench").mkdir()
     for split, n in (("train", 500_000), ("val", 4_000)):
         rng.randint(0, VOCABULARY, n).astype("<u2").tofile(cwd / "bench" / f"{split}.bin")
-    words = {EOT: 0} | {f"t{i}": i for i in range(1, VOCABULARY)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token=EOT))
-    tokenizer.add_special_tokens([EOT])
-    tokenizer.save(str(cwd / "tokenizer.json"))
+    (cwd / "tokenizer.json").write_text(word_tokenizer(VOCABULARY).json, encoding="utf-8")
 
 
 def measure(rounds: int, steps: int, device: str, checkout: Path | None, cwd: Path) -> None:
