@@ -15,13 +15,13 @@ BAR = 30  # characters of the bar of a certain token
 
 
 def probability_bars(tokenizer: TextTokenizer, logits: Tensor, count: int = 10) -> str:
-    """The most probable next tokens by logits (V,), a line each: probability, bar, token."""
+    """The most probable next tokens by logits (V,), a line each: probability, token, bar."""
     probabilities, ids = logits.softmax(dim=-1).topk(min(count, len(logits)))
     lines = []
     for probability, token in zip(probabilities.tolist(), ids.tolist(), strict=True):
         text = tokenizer.decode([token])
         name = repr(text) if text else tokenizer.tokenizer.id_to_token(token)  # special tokens have a name only
-        lines.append(f"{probability:6.1%} {'█' * round(probability * BAR) or '▏':{BAR}} {name}")
+        lines.append(f"{probability:6.1%}  {name:16} {'█' * round(probability * BAR) or '▏'}")
     return "\n".join(lines)
 
 
