@@ -90,7 +90,7 @@ IN_THE_WAY = {
 @pytest.mark.parametrize("name", IN_THE_WAY)
 @pytest.mark.parametrize("script", ["evaluate.py", "tokenizer_train.py"])
 def test_a_file_in_the_way_is_refused_before_any_work(tmp_path, text, trained_run, refused, monkeypatch, script, name):
-    for work in ("evaluate.load_model", "tokenizer_train.make_tokenizer"):
+    for work in ("evaluate.load_network", "tokenizer_train.make_tokenizer"):
         monkeypatch.setattr(work, lambda *_: pytest.fail("the work began"))
     sentence, make = IN_THE_WAY[name]
     make(tmp_path / name)

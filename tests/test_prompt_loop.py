@@ -203,7 +203,12 @@ def test_a_real_terminal(trained_run, tmp_path):
     assert terminal.end() == 0
     second = Terminal(arguments, tmp_path, XDG_STATE_HOME=str(tmp_path))
     second.wait_for(">")
-    second.type("\x1b[A\x1b[A\r")  # up, up: what was typed before /quit
+    deadline = time.monotonic() + DEADLINE
+    while "/max_new_tokens 3" not in second.shown:
+        second.type("\x1b[A\x1b[A")  # up, up: what was typed before /quit; nothing as long as the history isn't read
+        for _ in range(20):
+            second.read(deadline)
+    second.type("\r")
     second.wait_for("max_new_tokens is 3")
     second.type("\x04")
     assert second.end() == 0
