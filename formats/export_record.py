@@ -68,12 +68,16 @@ def model_sha256(path: Path) -> str:
 
 
 def find_export(directory: Path, format: str, checkpoint: Path) -> Path | None:
-    """The whole file of this format in a directory that was made from this very checkpoint; others are told. Raises OSError."""
+    """The file of this format in a directory that was made from this very checkpoint and is whole. One that only seems to be is told.
+
+    Raises OSError.
+    """
     for name, entry in read_record(directory).items():
         path = directory / name
         if entry.get("format") != format or not path.is_file():
             continue
         if entry.get("checkpoint_sha256") == model_sha256(checkpoint) and entry.get("sha256") == model_sha256(path):
             return path
-        notice(f"{path} is damaged or was made from another model than {checkpoint}, so it is not used; export it again")
+        if entry.get("checkpoint") == checkpoint.name:
+            notice(f"{path} is not used: it is damaged, or {checkpoint} is no longer what it was made from; export it again")
     return None
