@@ -20,7 +20,7 @@ from export.companions import companions, write_companions
 from export.formats import ALL, FORMATS, chosen, fitting, table, target_names
 from export.pruning import Pruning, pruned
 from export.verify import Mismatch, Source, put_in_place, verify, workplace
-from formats.export_record import add_record, check_exports
+from formats.export_record import add_record, check_exports, model_sha256
 from formats.outputs import sole_writer
 from formats.run_directory import find_checkpoint, load_model
 
@@ -83,9 +83,12 @@ def export(checkpoint: str | Path, formats: Iterable[str], output: Path | None, 
     output = output or path.parent
     with sole_writer(output, "export", "output", "export"):
         check_exports(output, target_names(chosen(formats), path.name).values(), path, overwrite)
-        source, done = Source(*load_model(str(path)), options), {}
+        made_from = {"checkpoint_sha256": model_sha256(path)}
+        source, done = Source(*load_model(str(path)), options), made_from
+        if made_from["checkpoint_sha256"] != model_sha256(path):
+            raise ValueError(f"{path} was replaced while it was read; export it again")
         if options.get("pruning"):
-            source, done = pruned(source, options["pruning"], output)
+            source, done = pruned(source, options["pruning"], output)  # another model than the checkpoint's
         names = target_names(fitting(formats, source), path.name)
         beside = companions(source, output, overwrite) if any(FORMATS[name].beside for name in names) else {}
         good = True
@@ -98,6 +101,8 @@ def export(checkpoint: str | Path, formats: Iterable[str], output: Path | None, 
                     good = False
                     continue
                 entry = {"format": name, "checkpoint": path.name, "torch": torch.__version__}
+                if (directory / target).is_file():
+                    entry["sha256"] = model_sha256(directory / target)
                 add_record(output, target, entry | done | figures)  # first: what has its name is known to be ours
                 put_in_place(directory / target, output / target)
             if FORMATS[name].beside:

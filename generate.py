@@ -7,6 +7,7 @@ python generate.py --prompt_file prompts.txt --output texts.jsonl
 python generate.py --interactive
 """
 
+import contextlib
 import os
 import secrets
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from utils import Checked, Count, Natural, Text, choose_device, notice, read_command_line, run_script
 
-from generation.loading import load_engine
+from generation.loading import EXPORT, Backend, choose_threads, load_engine
 from generation.session import Continuation, Session, Task
 from generation.settings import Settings
 from generation.streaming import Special
@@ -53,6 +54,9 @@ class Arguments(Checked):
     """Ask for prompts, also after --prompt."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
+    backend: Backend = "auto"
+    """What computes: torch; onnx (onnxruntime, on the CPU: the checkpoint is exported once, into a cache directory); auto takes onnx where
+    an export with a cache lies beside the checkpoint and was made from it."""
 
     def problems(self) -> list[str]:
         problems = []
@@ -77,10 +81,24 @@ def piped_prompts() -> Iterator[str]:
         yield line.rstrip("\r\n")
 
 
+def make_onnx(checkpoint: Path, directory: Path) -> None:
+    """Export a checkpoint for --backend onnx; what is in the directory is replaced. Raises ValueError, OSError."""
+    import shutil
+
+    from export_model import export
+
+    notice(f"{checkpoint} is exported for onnxruntime, once, into {directory}")
+    shutil.rmtree(directory, ignore_errors=True)  # there may be a damaged one
+    with contextlib.redirect_stdout(sys.stderr):
+        if not export(checkpoint, [EXPORT], directory, overwrite=True):
+            raise ValueError(f"{checkpoint} can't be exported; take --backend torch")
+
+
 def open_session(args: Arguments) -> Session:
     """The model and how it is to write. Raises FileNotFoundError, ValueError."""
-    device = choose_device(args.device)
-    engine, tokenizer, path = load_engine(args.checkpoint, device)
+    how = choose_device(args.device), args.backend, make_onnx
+    engine, tokenizer, path = load_engine(args.checkpoint, *how)
+    choose_threads(engine)
     top = (args.top_logprobs or 0) if args.json or args.output is not None else None
     writer = Writer(engine, tokenizer, args.settings, top)
     if args.draft is not None and args.settings.beams is not None:
@@ -90,7 +108,7 @@ def open_session(args: Arguments) -> Session:
 
         draft = NgramDraft()
         if args.draft != "ngram":
-            smaller, its_tokenizer, its_path = load_engine(args.draft, device)
+            smaller, its_tokenizer, its_path = load_engine(args.draft, *how)
             check_draft(tokenizer, its_tokenizer, its_path)
             draft = ModelDraft(smaller)
         writer = SpeculativeWriter(engine, tokenizer, args.settings, top, draft, args.draft_tokens or COUNT)

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import gc
 import hashlib
 import io
 import os
@@ -79,6 +80,9 @@ def run_script(main: Callable[[], int | None]) -> None:
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # None where it is closed. What the terminal's encoding lacks must not end the program
             stream.reconfigure(errors="strict" if stream is sys.stdin else "backslashreplace")
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
     try:
         with exiting_on_signals():
             code = main()
@@ -95,6 +99,9 @@ if sys.argv[0].endswith(".py") and Path(sys.argv[0]).resolve().parent == Path(__
     for stream, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, stream) is None:
             setattr(sys, stream, open(os.devnull, mode))  # noqa: SIM115
+    # What is imported stays, so looking for garbage in it wastes a tenth of a start. run_script ends this; worker processes never call it.
+    if "__mp_main__" not in sys.modules:
+        gc.disable()
 
 
 def notice(message: str) -> None:
@@ -360,6 +367,21 @@ def lasting_output() -> Iterator[None]:
 
 
 # ---------------------------------------------------------------- the machine
+
+SMALL = 8_000_000  # bytes of weights below which a second thread costs more than it helps
+
+
+@functools.cache
+def _all_threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+def threads_for(size: int) -> int:
+    """Threads that continue texts fastest with weights of so many bytes. OMP_NUM_THREADS has the last word."""
+    count = _all_threads()  # first of all: later torch may have been told to take fewer
+    return count if size >= SMALL or "OMP_NUM_THREADS" in os.environ else 1
 
 
 def choose_device(requested: str) -> str:

@@ -1,5 +1,6 @@
 """export.json: what was exported into a directory. What it lists may be replaced by the next export, and deleted with the run."""
 
+import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path, PureWindowsPath
@@ -50,6 +51,33 @@ def check_exports(directory: Path, names: Iterable[str], checkpoint: Path, overw
 def add_record(directory: Path, name: str, entry: dict) -> None:
     """Add what was exported as `name`, a file or folder in the directory; earlier entries stay. Raises OSError.
 
-    entry: format, checkpoint (a name, no path), torch (its version), and the figures of its verification.
+    entry: format, checkpoint (a name, no path), checkpoint_sha256 (unless the model was changed on the way), sha256 (of a file), torch
+    (its version), and the figures of its verification.
     """
     write_json(directory / RECORD, {"files": read_record(directory) | {name: entry}})
+
+
+def model_sha256(path: Path) -> str:
+    """SHA-256 of a model's file; for an HF folder, of the names and hashes of the files that make up the model. Raises OSError."""
+    if path.is_dir():
+        files = sorted({path / "config.json", path / "tokenizer.json", *path.glob("*.safetensors*")})
+        lines = (f"{file.name} {model_sha256(file)}\n" for file in files if file.is_file())
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+    with open(path, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def find_export(directory: Path, format: str, checkpoint: Path) -> Path | None:
+    """The file of this format in a directory that was made from this very checkpoint and is whole. One that only seems to be is told.
+
+    Raises OSError.
+    """
+    for name, entry in read_record(directory).items():
+        path = directory / name
+        if entry.get("format") != format or not path.is_file():
+            continue
+        if entry.get("checkpoint_sha256") == model_sha256(checkpoint) and entry.get("sha256") == model_sha256(path):
+            return path
+        if entry.get("checkpoint") == checkpoint.name:
+            notice(f"{path} is not used: it is damaged, or {checkpoint} is no longer what it was made from; export it again")
+    return None

@@ -8,9 +8,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils import describe
-
-import torch
+from utils import describe, threads_for
 
 from config import GPTConfig
 from formats.huggingface import config_from_hf
@@ -22,7 +20,6 @@ PLAIN, CACHED = {"input_ids"}, {"input_ids", "attention_mask", "position_ids"}  
 PAST, PRESENT = "past_key_values", "present"
 TEXTS = ("config", "tokenizer")
 AGAIN = "export it again with export_model.py"
-SMALL = 8_000_000  # bytes of a file below which a second thread costs more than it helps
 
 
 @dataclass(frozen=True)
@@ -59,13 +56,13 @@ class OnnxFile:
         return cls(path, config, tokenizer, texts, bool(cached))
 
     def session(self, model: bytes | None = None, threads: int | None = None):
-        """An onnxruntime.InferenceSession of the file, or of a graph made from it. threads: by default 1 for a small file, else as many as
-        torch has. Raises ValueError where onnxruntime can't run it.
+        """An onnxruntime.InferenceSession of the file, or of a graph made from it. threads: by default what suits its size.
+        Raises ValueError where onnxruntime can't run it.
         """
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or (1 if self.path.stat().st_size < SMALL else torch.get_num_threads())
+        options.intra_op_num_threads = threads or threads_for(self.path.stat().st_size)
         options.log_severity_level = 3  # errors; it warns of what it cleans up
         try:
             return onnxruntime.InferenceSession(model or str(self.path), options, providers=["CPUExecutionProvider"])

@@ -16,7 +16,7 @@ import torch
 
 from config import GPTConfig, TrainConfig
 from formats import data_directory, huggingface
-from formats.checkpoint import Checkpoint, load_checkpoint, load_weights
+from formats.checkpoint import Checkpoint, Uninitialised, load_checkpoint, load_weights
 from formats.export_record import RECORD, read_record
 from formats.metrics import METRICS
 from formats.onnx_file import ENDING
@@ -114,7 +114,8 @@ def load_model(name: str, device: str = "cpu") -> tuple[GPT, TextTokenizer, Path
     """
     path, content = load_content(name)
     tokenizer = read_tokenizer(content, str(path))
-    model = GPT(GPTConfig(**content["model_config"]))
+    with Uninitialised():  # its weights come from the file
+        model = GPT(GPTConfig(**content["model_config"]))
     load_weights(model, content["model"], str(path))
     return model.to(device).eval(), tokenizer, path, content
 

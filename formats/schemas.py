@@ -92,6 +92,8 @@ class Exported(Extensible, total=False):
 
     format: str
     checkpoint: str
+    checkpoint_sha256: Sha256
+    sha256: Sha256
     largest_logit_difference: NonNegative
     torch: str
 

@@ -4,12 +4,12 @@
 """
 
 import functools
-import hashlib
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from formats.export_record import model_sha256
 from formats.onnx_file import PAST, PRESENT, OnnxFile
 
 LOGITS = 2**28  # that fit into memory at once
@@ -48,8 +48,7 @@ class OnnxNetwork:
 
     @functools.cached_property
     def sha256(self) -> str:
-        with open(self.file.path, "rb") as content:
-            return hashlib.file_digest(content, "sha256").hexdigest()
+        return model_sha256(self.file.path)
 
 
 class OnnxEngine:

@@ -1,7 +1,6 @@
 """--prompt_file and --output: many prompts from a file, and their texts as JSON lines in another one, which can be continued."""
 
 import dataclasses
-import hashlib
 import json
 import os
 import typing
@@ -11,6 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 from typing_extensions import TypedDict
 
+from formats.export_record import model_sha256
 from formats.outputs import naming, output_file, write_atomically
 from formats.schemas import Declared, Extensible, Sha256, check, read_file
 from formats.scores import content_hash
@@ -58,17 +58,6 @@ def read_prompt_file(path: Path, settings: Settings) -> list[tuple[str, Settings
     return prompts
 
 
-def model_hash(path: Path) -> str:
-    """SHA-256 of what is in a model's file, or in the files of its folder."""
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    digests = []
-    for file in files:
-        if file.is_file():
-            with open(file, "rb") as content:
-                digests.append(hashlib.file_digest(content, "sha256").hexdigest())
-    return content_hash(*digests)
-
-
 def describe(session: Session, text: Continuation) -> dict:
     """A text as a JSON object: see docs/generate.md."""
     row, tokenizer = text.row, session.writer.tokenizer
@@ -103,7 +92,7 @@ class OutputFile:
 
     def __init__(self, name: str, session: Session, tasks: list[Task], sources: list[Path]):
         self.path = output_file(name, "list of texts", sources)
-        constant = [model_hash(session.path), session.special, session.writer.top]
+        constant = [model_sha256(session.path), session.special, session.writer.top]
         self.keys: dict[tuple[int, int], str] = {}  # number of prompt and text -> key
         for task in tasks:
             settings = dataclasses.asdict(task.settings) | {"seed": session.seed_of(task)}

@@ -1,5 +1,6 @@
 """The command line, atomic files, precision."""
 
+import gc
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -104,6 +105,17 @@ def test_compile_is_decided_with_a_reason(monkeypatch):
     assert machine.choose_compile("cpu", "auto")[0] is None  # to be measured
     monkeypatch.setattr(machine.shutil, "which", lambda name: None)
     assert machine.choose_compile("cpu", True) == (False, "no C++ compiler found")
+
+
+def test_garbage_is_collected_again_once_a_script_has_started():
+    gc.disable()  # as it is while a script imports
+    try:
+        with pytest.raises(SystemExit):
+            utils.run_script(lambda: None if gc.isenabled() and gc.get_freeze_count() else 1)
+        assert gc.isenabled()
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 def test_a_device_that_is_not_there_is_refused():
