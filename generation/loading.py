@@ -44,9 +44,5 @@ def engine_of(network: Network) -> Engine:
 
 def load_engine(name: str, device: str = "cpu") -> tuple[Engine, TextTokenizer, Path]:
     """What `--checkpoint NAME` means: an engine, the tokenizer, the file or HF folder. Raises FileNotFoundError, ValueError."""
-    path = find_checkpoint(name)
-    if path.suffix == ENDING:
-        file = read_onnx(path)
-        return onnx_engine(file), file.tokenizer, path
-    model, tokenizer, *_ = load_model(str(path), device)
-    return TorchEngine(model), tokenizer, path
+    network, tokenizer, path, _ = load_network(name, device)
+    return engine_of(network), tokenizer, path
