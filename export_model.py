@@ -8,7 +8,6 @@ python export_model.py --checkpoint checkpoints/stories --format hf --output ./e
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import Literal
 
 from utils import Checked, notice, read_command_line, run_script
@@ -16,11 +15,17 @@ from utils import Checked, notice, read_command_line, run_script
 import torch
 from tqdm import tqdm
 
+from export import quality
 from export.companions import companions, write_companions
 from export.formats import ALL, FORMATS, chosen, fitting, table, target_names
 from export.pruning import Pruning, pruned
+<<<<<<< HEAD
 from export.verify import Mismatch, Source, put_in_place, verify, workplace
 from formats.export_record import add_record, check_exports, model_sha256
+=======
+from export.verify import Mismatch, Source, put_in_place, quiet, verify, workplace
+from formats.export_record import add_record, check_exports
+>>>>>>> exreview
 from formats.outputs import sole_writer
 from formats.run_directory import find_checkpoint, load_model
 
@@ -46,8 +51,14 @@ class Arguments(Checked):
 
     def problems(self) -> list[str]:
         problems = [] if self.format else [f"--format needs at least one of {', '.join(FORMATS)}"]
-        homeless = self.pruning and self.output is None
-        return problems + (["a pruned model is another one; give it a place of its own with --output"] if homeless else [])
+        if self.pruning and self.output is None:
+            problems.append("a pruned model is another one; give it a place of its own with --output")
+        if self.html_weights != type(self).html_weights and not {"html", ALL} & {*self.format}:
+            problems.append("only --format html has --html_weights; leave it out")
+        measured = {name for name, format in FORMATS.items() if not format.exact} | {"html", ALL}
+        if self.data_dir and not (self.pruning or measured & {*self.format}):
+            problems.append("--data_dir is for rounding and pruning, whose cost is measured on it; leave it out")
+        return problems
 
 
 def write_verified(source: Source, name: str, path: Path) -> dict[str, float]:
@@ -58,19 +69,19 @@ def write_verified(source: Source, name: str, path: Path) -> dict[str, float]:
         bar.bar_format = None
         bar.set_description(f"{name}: checking", refresh=False)
         figures = verify(source, loaded, format.exact, bar)
-    return figures if format.exact else figures | resolve_name("export.quality:measure")(source, loaded)
+    return figures if format.exact else figures | quality.measure(source, loaded)
 
 
 def tell(figures: dict[str, float]) -> str:
     """The figures of an export in a few words."""
-    words = [resolve_name("export.quality:sentence")(figures)] if "bits_per_byte" in figures else []
+    words = [quality.sentence(figures)] if "bits_per_byte" in figures else []
     words.append(f"largest difference of a logit {figures['largest_logit_difference']:.1e}")
     if "greedy_tokens" in figures:
         ties = f" but for {figures['greedy_ties']} ties" if figures["greedy_ties"] else ""
         words.append(f"{figures['greedy_tokens']} greedy tokens the same{ties}")
     if "texts_encoded" in figures:
         words.append(f"{figures['texts_encoded']} texts encoded alike")
-    return ", ".join(words)
+    return "; ".join(words)
 
 
 def export(checkpoint: str | Path, formats: Iterable[str], output: Path | None, overwrite: bool, **options) -> bool:
@@ -83,6 +94,7 @@ def export(checkpoint: str | Path, formats: Iterable[str], output: Path | None, 
     output = output or path.parent
     with sole_writer(output, "export", "output", "export"):
         check_exports(output, target_names(chosen(formats), path.name).values(), path, overwrite)
+<<<<<<< HEAD
         made_from = {"checkpoint_sha256": model_sha256(path)}
         source, done = Source(*load_model(str(path)), options), made_from
         if made_from["checkpoint_sha256"] != model_sha256(path):
@@ -90,14 +102,22 @@ def export(checkpoint: str | Path, formats: Iterable[str], output: Path | None, 
         if options.get("pruning"):
             source, done = pruned(source, options["pruning"], output)  # another model than the checkpoint's
         names = target_names(fitting(formats, source), path.name)
+=======
+        source, done = Source(*load_model(str(path)), options), {}
+        if options.get("data_dir"):
+            quality.held_out(source)  # what is wrong with it is told before anything is written
+        names = target_names(fitting(formats, source), path.name)
+        if options.get("pruning"):
+            source, done = pruned(source, options["pruning"], output)
+>>>>>>> exreview
         beside = companions(source, output, overwrite) if any(FORMATS[name].beside for name in names) else {}
         good = True
         for name, target in names.items():
-            with workplace(output) as directory:
+            with workplace(output) as directory, quiet():
                 try:
                     figures = write_verified(source, name, directory / target)
                 except Mismatch as error:
-                    notice(f"error: {name}: {error}; {target} was deleted")
+                    notice(f"error: {name}: {error}; the new {target} was deleted")
                     good = False
                     continue
                 entry = {"format": name, "checkpoint": path.name, "torch": torch.__version__}

@@ -47,7 +47,7 @@ class Format:
         return [package for package in self.packages if not find_spec(package.replace("-", "_"))]
 
 
-ONNX = ("onnx", "onnxscript", "onnxruntime")
+ONNX = ("onnx", "onnxscript", "onnxruntime")  # onnxscript and its parts make and round graphs
 GGUF_FITS = "export.gguf_file:why_not"
 FORMATS = {
     "onnx": Format("{}.onnx", "export.graphs:write_onnx", "one file for onnxruntime and other runtimes", ONNX, beside=True),
@@ -55,7 +55,7 @@ FORMATS = {
         "{}_cache.onnx",
         "export.onnx_cache:write_onnx_cache",
         "the same with a cache of keys and values, to write texts fast",
-        ONNX,
+        ("onnx", "onnxruntime"),
         beside=True,
     ),
     "onnx_int8": Format("{}.int8.onnx", "export.onnx_quantised:write_int8", "onnx_cache in 8 bits", ONNX, beside=True, exact=False),

@@ -5,8 +5,6 @@ Each file also holds two texts, `tokenizer` and `config`, see export.companions.
 
 import contextlib
 import io
-import logging
-import warnings
 from pathlib import Path
 
 import torch
@@ -14,7 +12,9 @@ from torch import Tensor, nn
 
 from export.companions import encoder, properties
 from export.verify import Loaded, Source, example_ids
+from formats.onnx_file import OnnxFile
 from formats.outputs import write_atomically
+from generation.onnx_engine import OnnxNetwork
 from models import GPT
 
 
@@ -36,21 +36,15 @@ def examples(model: GPT) -> tuple[tuple[Tensor], dict]:
 
 def write_onnx(source: Source, path: Path) -> Loaded:
     """One file for onnxruntime and other runtimes."""
-    import onnxruntime
-
     options = {"dynamo": True, "input_names": ["input_ids"], "output_names": ["logits"]}
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # the exporter reports its own steps
-        warnings.simplefilter("ignore")
-        ids, sizes = examples(source.model)
+    ids, sizes = examples(source.model)
+    with contextlib.redirect_stdout(io.StringIO()):  # the exporter reports its own steps
         proto = torch.onnx.export(LogitsOnly(source.model), ids, dynamic_shapes=sizes, **options).model_proto
     for name, text in properties(source).items():
         proto.metadata_props.add(key=name, value=text)
     write_atomically(path, lambda file: file.write(proto.SerializeToString()))
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    inside = session.get_modelmeta().custom_metadata_map
-    encode = encoder(inside["tokenizer"], source.tokenizer.eot_id)
-    return Loaded(lambda ids: torch.from_numpy(session.run(["logits"], {"input_ids": ids.numpy()})[0]), encode=encode)
+    file = OnnxFile.read(path)
+    return Loaded(OnnxNetwork(file).features, encode=encoder(file.texts["tokenizer"], source.tokenizer.eot_id))
 
 
 def write_torch_export(source: Source, path: Path) -> Loaded:
@@ -80,14 +74,12 @@ def follow_the_input(traced: torch.jit.ScriptModule) -> None:
 
 def write_torchscript(source: Source, path: Path) -> Loaded:
     """One file for torch.jit.load, in Python or C++, on any device."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch.jit is deprecated in favour of torch.export, and tracing asks to mind the length
-        example = example_ids(source.model, 2, source.model.config.block_size // 2 + 1)
-        traced = torch.jit.trace(LogitsOnly(source.model), example, check_trace=False)
-        follow_the_input(traced)
-        content = io.BytesIO()
-        torch.jit.save(traced, content, _extra_files=properties(source))  # into memory: on a full disk torch's own writer ends the process
-        write_atomically(path, lambda file: file.write(content.getbuffer()))
-        inside = {"tokenizer": ""}  # torch fills it in, with bytes
-        loaded = torch.jit.load(str(path), _extra_files=inside)
-        return Loaded(loaded, encode=encoder(inside["tokenizer"].decode(), source.tokenizer.eot_id))
+    example = example_ids(source.model, 2, source.model.config.block_size // 2 + 1)
+    traced = torch.jit.trace(LogitsOnly(source.model), example, check_trace=False)
+    follow_the_input(traced)
+    content = io.BytesIO()
+    torch.jit.save(traced, content, _extra_files=properties(source))  # into memory: on a full disk torch's own writer ends the process
+    write_atomically(path, lambda file: file.write(content.getbuffer()))
+    inside = {"tokenizer": ""}  # torch fills it in, with bytes
+    loaded = torch.jit.load(str(path), _extra_files=inside)
+    return Loaded(loaded, encode=encoder(inside["tokenizer"].decode(), source.tokenizer.eot_id))

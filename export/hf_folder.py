@@ -13,11 +13,9 @@ from formats.tokenizer import EOT, PADDING, UNKNOWN
 
 
 def write_hf(source: Source, path: Path) -> Loaded:
-    """Configuration, tokenizer, safetensors and a model card. Raises ValueError where transformers isn't installed to read them back."""
-    try:
-        import transformers
-    except ModuleNotFoundError:
-        raise ValueError("format hf is checked with transformers, which is not installed; run: pip install transformers") from None
+    """Configuration, tokenizer, safetensors and a model card; read back by transformers."""
+    import transformers
+
     model, tokenizer = source.model, source.tokenizer
     path.mkdir()
     known = tokenizer.tokenizer.get_vocab(with_added_tokens=True)

@@ -8,8 +8,6 @@ in both formats: in 4 it alone would cost about half as much quality as all othe
 
 import dataclasses
 import functools
-import logging
-import tempfile
 import time
 from pathlib import Path
 
@@ -33,7 +31,6 @@ def rounded(proto, bits: int, but: tuple[str, ...] = ()):
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
     options = {"block_size": BLOCK, "is_symmetric": bits == 8, "accuracy_level": INT8, "bits": bits, "nodes_to_exclude": but}
-    logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer").setLevel(logging.ERROR)
     quantizer = MatMulNBitsQuantizer(proto, **options)
     quantizer.process()
     return quantizer.model.model
@@ -92,10 +89,9 @@ def measurable(path: Path, bits: int) -> Measurable:
 
 def write_rounded(source: Source, path: Path, bits: int) -> Loaded:
     loaded = save_and_load(quantised_graph(source, bits), source, path)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # the same graph with its own weights, for comparison
-        whole = Path(folder) / path.name
-        save_and_load(cache_graph(source), source, whole)
-        return dataclasses.replace(loaded, rounded=(measurable(whole, 32), measurable(path, bits)))
+    whole = path.with_name("float32.onnx")  # for comparison
+    save_and_load(cache_graph(source), source, whole)
+    return dataclasses.replace(loaded, rounded=(measurable(whole, 32), measurable(path, bits)))
 
 
 def write_int8(source: Source, path: Path) -> Loaded:

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluation.held_out import split_prefix
 from evaluation.measures import score_tokens
-from export.verify import Loaded, Source
+from export.quality import ALLOWED, held_out
+from export.verify import Loaded, Mismatch, Source
 from formats.outputs import write_text
 from formats.tokenizer import TextTokenizer, bytes_of_token
 from models import GPT
@@ -28,8 +28,6 @@ PARTS = Path(__file__).parent / "page"
 WORKER = ("tokenizer.js", "network.js", "sampling.js", "worker.js")
 TENSOR = '<script type="text/plain" class="weights" data-name="{}" data-dtype="{}" data-shape="{}">{}</script>'
 STORED = re.compile(TENSOR.replace("{}", '([^<"]*)'))
-ALLOWED_COST = 0.01  # of bits per byte, for what `auto` chooses
-SCORED = 50_000  # tokens of the validation split on which the cost is measured, to whole documents
 # (model, decoders) of the tokenizers that tokenizer.js knows -> what it calls them
 KINDS = {
     ("BPE", "ByteLevel"): "bpe",
@@ -126,9 +124,9 @@ def rounded(model: GPT, dtype: str) -> GPT:
 
 
 def choose_dtype(source: Source) -> str:
-    """The smaller of int8 and float16 whose cost is below 1% of bits per byte on validation text; told in a line."""
+    """The smaller of int8 and float16 that costs less of bits per byte than 8 bits may, on held-out text; told in a line."""
     try:
-        tokens = np.concatenate([split_prefix(data, "val", SCORED // len(source.data)).tokens for data in source.data])
+        tokens = np.concatenate([split.tokens for split in held_out(source)])
     except (FileNotFoundError, ValueError) as error:
         notice(f"the weights become float16, since what int8 costs can't be measured: {error}")
         return "float16"
@@ -137,8 +135,8 @@ def choose_dtype(source: Source) -> str:
         return score_tokens(model, tokens, source.tokenizer.eot_id, bar="measuring").nats.sum()
 
     cost = nats(rounded(source.model, "int8")) / nats(source.model) - 1
-    chosen = "int8" if cost < ALLOWED_COST else "float16"  # a NaN is not below
-    notice(f"int8 weights cost {cost:+.2%} of bits per byte on {len(tokens):,} tokens of validation text, so they become {chosen}")
+    chosen = "int8" if cost < ALLOWED[8] else "float16"  # a NaN is not below
+    notice(f"int8 weights cost {cost:+.2%} of bits per byte on {len(tokens):,} held-out tokens, so they become {chosen}")
     return chosen
 
 
@@ -201,14 +199,16 @@ def read_weights(page: str) -> dict[str, Tensor]:
 
 
 def write_html(source: Source, path: Path) -> Loaded:
-    """One file for a browser."""
+    """One file for a browser. Raises Mismatch where other weights are read back from it."""
     weights = source.options.get("html_weights", "auto")
     dtype = choose_dtype(source) if weights == "auto" else weights
     meant = rounded(source.model, dtype)
     write_text(path, page_text(source, dtype))
     written = read_weights(path.read_text(encoding="utf-8"))
     expected = meant.state_dict()
-    assert written.keys() == expected.keys() and all(torch.equal(written[name], expected[name]) for name in expected), "weights read back"
+    same = {name for name in written.keys() & expected.keys() if torch.equal(written[name], expected[name])}
+    if wrong := sorted((written.keys() | expected.keys()) - same):
+        raise Mismatch(f"its {wrong[0]} does not read back as it was written")
     reloaded = copy.deepcopy(meant)
     reloaded.load_state_dict(written)
     return Loaded(lambda ids: reloaded(ids)[0], reference=meant)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from config import GPTConfig
-from evaluation.held_out import split_prefix
+from evaluation.held_out import Prefix, split_prefix
 from evaluation.measures import score_tokens
 from evaluation.samples import beside
 from export.verify import Loaded, Source
@@ -38,6 +38,14 @@ def of_logits(logits: Callable[[Tensor], Tensor], config: GPTConfig) -> Callable
     return lambda tokens, eot_id: score_tokens(network, tokens, eot_id, WINDOWS, bar="measuring quality").nats
 
 
+def held_out(source: Source) -> list[Prefix]:
+    """About LONGEST held-out tokens of the source's data, of each directory as many. Raises ValueError, FileNotFoundError."""
+    splits = [split_prefix(data, beside(data)[0], LONGEST // len(source.data)) for data in source.data if beside(data)]
+    if not splits:
+        raise ValueError("the data has neither a val nor a test split; name other data with --data_dir")
+    return splits
+
+
 def measure(source: Source, loaded: Loaded) -> dict:
     """Size in bytes, bits per byte, nats per token and tokens per second, of the file and (`_before`) of the format in float32.
 
@@ -46,9 +54,7 @@ def measure(source: Source, loaded: Loaded) -> dict:
     before, after = loaded.rounded
     figures = {"runtime": after.runtime, "bits": after.bits, "size": after.size, "size_before": before.size}
     try:
-        splits = [split_prefix(data, beside(data)[0], LONGEST // len(source.data)) for data in source.data if beside(data)]
-        if not splits:
-            raise ValueError("its data has neither a val nor a test split")
+        splits = held_out(source)
     except (ValueError, FileNotFoundError) as error:
         figures |= {"bits_per_byte": None, "reason": str(error)}
     else:
@@ -71,8 +77,7 @@ def sentence(figures: dict) -> str:
     if "tokens_per_second" in figures:
         words.append(f"{figures['tokens_per_second_before']:,.0f} -> {figures['tokens_per_second']:,.0f} tokens/s with one thread")
     if "reason" in figures:
-        advice = "export it again with --overwrite --data_dir DIR"
-        return f"{figures['runtime']}: {', '.join(words)}; quality was not measured, for {figures['reason']}; {advice}"
+        return f"{figures['runtime']}: {', '.join(words)}; quality was not measured: {figures['reason']}"
     name, unit = ("loss", "nats per token") if figures["bits_per_byte"] is None else ("bits_per_byte", "bits per byte")
     cost, allowed = figures["loss"] / figures["loss_before"] - 1, ALLOWED[figures["bits"]]
     beyond = f", {cost - allowed:.2%} more than {figures['bits']} bits should cost" if cost > allowed else ""

@@ -2,10 +2,12 @@
 
 import contextlib
 import functools
+import logging
 import math
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,7 +126,7 @@ class Loaded:
     rounded: tuple[Measurable, Measurable] | None = None
 
 
-Writer = Callable[[Source, Path], Loaded]  # writes a file or a folder of this name
+Writer = Callable[[Source, Path], Loaded]  # writes a file or a folder of this name, in a `workplace`; what else it leaves there is deleted
 
 
 def example_ids(model: GPT, batch: int, length: int) -> Tensor:
@@ -246,9 +248,21 @@ def workplace(output: Path) -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Context in which libraries neither log what they do nor warn: what matters is checked afterwards."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
 def put_in_place(written: Path, target: Path) -> None:
     """Give a verified file or folder its name; what had this name before is replaced. written: in a `workplace`."""
-    if os.path.lexists(target):
-        os.replace(target, written.with_name("former"))  # a folder can't be renamed over another
+    if os.path.lexists(target) and (target.is_dir() or written.is_dir()):
+        os.replace(target, written.with_name("former"))  # only a file can be renamed over another
     os.replace(written, target)
     fsync_directory(target.parent)

@@ -4,11 +4,19 @@ Our own hold two texts, `config` (config.json as transformers has it) and `token
 lie files of these names.
 """
 
-import json
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
+<<<<<<< HEAD
 from utils import describe, threads_for
+=======
+from utils import describe, is_full_memory
+
+import torch
+>>>>>>> exreview
 
 from config import GPTConfig
 from formats.huggingface import config_from_hf
@@ -45,10 +53,11 @@ class OnnxFile:
             raise ValueError(f"{path} can't be used: it computes {names}, not input_ids -> logits; {AGAIN}")
         try:
             texts = {name: inside[name] if name in inside else read_file(path.with_name(f"{name}.json")).decode() for name in TEXTS}
-            config = config_from_hf(check(json.loads(texts["config"]), HFConfig, path, AGAIN))
-            tokenizer = TextTokenizer(texts["tokenizer"], str(path))
+            config = config_from_hf(check(texts["config"].encode(), HFConfig, "its configuration", AGAIN))
+            tokenizer = TextTokenizer(texts["tokenizer"], "its tokenizer")
         except FileNotFoundError as error:
-            raise ValueError(f"{path} holds no tokenizer, and beside it is no {Path(error.filename).name}; {AGAIN}") from None
+            missing = Path(error.filename)
+            raise ValueError(f"{path} holds no {missing.stem}, and beside it is no {missing.name}; {AGAIN}") from None
         except ValueError as error:
             raise ValueError(f"{path} can't be used: {describe(error)[:300]}") from None
         if tokenizer.vocab_size != config.vocab_size or len(cached) not in (0, 2 * config.n_layer):
@@ -62,11 +71,27 @@ class OnnxFile:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
+<<<<<<< HEAD
         options.intra_op_num_threads = threads or threads_for(self.path.stat().st_size)
         options.log_severity_level = 3  # errors; it warns of what it cleans up
         try:
+=======
+        options.intra_op_num_threads = threads or (1 if self.path.stat().st_size < SMALL else torch.get_num_threads())
+        options.log_severity_level = 4  # warnings are of what it cleans up, and errors are raised too
+        with self.running():
+>>>>>>> exreview
             return onnxruntime.InferenceSession(model or str(self.path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's own kinds, none of them a ValueError
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Context in which onnxruntime computes: what it can't becomes a ValueError that names the file."""
+        import onnxruntime
+
+        try:
+            yield
+        except Exception as error:  # onnxruntime's own kinds, and RuntimeError
+            if is_full_memory(error):
+                raise
             raise ValueError(f"{self.path} can't be run by onnxruntime {onnxruntime.__version__}: {describe(error)[:200]}") from None
 
 
@@ -80,8 +105,15 @@ def read_proto(path: Path):
     if not path.is_file():
         raise FileNotFoundError(f"no file at {path}; write one with export_model.py")
     try:
-        return onnx.load(path, load_external_data=False)
+        proto = onnx.load(path, load_external_data=False)
     except OSError:
         raise
     except Exception as error:  # protobuf's own kinds
         raise ValueError(f"{path} is damaged or no ONNX file ({describe(error)[:120]}); {AGAIN}") from None
+    graph = proto.graph
+    names = chain.from_iterable((node.name, node.op_type, *node.input, *node.output) for node in graph.node)
+    values = (value.name for value in (*graph.input, *graph.output, *graph.initializer))
+    texts = chain.from_iterable((prop.key, prop.value) for prop in proto.metadata_props)
+    if any(isinstance(text, bytes) for text in chain(names, values, texts, [proto.producer_name])):
+        raise ValueError(f"{path} is damaged: it has names that are not UTF-8; {AGAIN}")
+    return proto

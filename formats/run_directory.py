@@ -32,6 +32,7 @@ EVALUATION, PICTURE, SAMPLES = "evaluation.json", "evaluation.png", "evaluation.
 # what evaluate.py writes beside a checkpoint -> its kind
 EVALUATIONS = {EVALUATION: "evaluation", SCORES: "table of scores", PICTURE: "evaluation picture", SAMPLES: "list of samples"}
 WRITTEN = (BEST, METRICS, CONFIG, "loss.png", "tokenizer.json")  # what train.py writes, beside step checkpoints
+ELSEWHERE = (".ts.pt", ".pt2", ".gguf", ".html")  # endings of exports that none of our scripts reads
 DATA, NEXT = "data", ".train.next"  # what --dataset prepares; the folder where it waits while the run is there that is to be deleted
 
 
@@ -93,6 +94,8 @@ def load_content(name: str) -> tuple[Path, dict]:
     path = find_checkpoint(name)
     if path.suffix == ENDING:
         raise ValueError(f"{path} is an ONNX file, which only generate.py and evaluate.py read; take the checkpoint that it was made from")
+    if path.name.endswith(ELSEWHERE):
+        raise ValueError(f"{path} was exported for other programs; take the checkpoint that it was made from")
     content = huggingface.load_folder(path) if path.is_dir() else load_checkpoint(path)
     notice(f"{path}, step {content['step']}")
     return path, content

@@ -32,7 +32,10 @@ class OnnxNetwork:
     def __init__(self, file: OnnxFile):
         self.file, self.config, self.device = file, file.config, torch.device("cpu")
         self.windows = max(1, LOGITS // (self.config.block_size * self.config.vocab_size))  # of block_size tokens, at once
-        self.session = file.session()
+
+    @functools.cached_property
+    def session(self):
+        return self.file.session()
 
     def features(self, idx: Tensor, kv_cache: None = None) -> Tensor:
         """idx (B, T) int64, every row the beginning of a text -> logits (B, T, V) float32."""
@@ -41,7 +44,8 @@ class OnnxNetwork:
             positions = np.broadcast_to(np.arange(idx.size(1)), idx.shape)
             feeds |= {"attention_mask": np.ones(idx.shape, np.int64), "position_ids": np.ascontiguousarray(positions)}
             feeds |= empty_cache(self.file, len(idx))
-        return torch.from_numpy(self.session.run(["logits"], feeds)[0])
+        with self.file.running():
+            return torch.from_numpy(self.session.run(["logits"], feeds)[0])
 
     def head(self, features: Tensor) -> Tensor:
         return features
@@ -110,7 +114,9 @@ class RecomputingEngine(OnnxEngine):
 
     def logits(self, at: np.ndarray) -> np.ndarray:
         """Logits (B, T, V) at the positions (B, T)."""
-        return self.session.run(["logits"], {"input_ids": self.ids})[0][np.arange(len(at))[:, None], at]
+        with self.file.running():
+            logits = self.session.run(["logits"], {"input_ids": self.ids})[0]
+        return logits[np.arange(len(at))[:, None], at]
 
     def begin(self, ids: np.ndarray) -> np.ndarray:
         self.ids = ids
@@ -150,7 +156,8 @@ class CachedEngine(OnnxEngine):
             binding.bind_ortvalue_input(name, value)
         for name in ("logits", *cache_names(self.file, PRESENT)):
             binding.bind_output(name)
-        self.session.run_with_iobinding(binding)
+        with self.file.running():
+            self.session.run_with_iobinding(binding)
         logits, *present = binding.get_outputs()
         self.cache = dict(zip(cache_names(self.file, PAST), present, strict=True))
         return logits.numpy()

@@ -89,7 +89,8 @@ class SharedEngine(OnnxEngine):
         for name, value in (("input_ids", ids), ("position_ids", positions), (LENGTHS[0], last), (LENGTHS[1], longest)):
             if name in arrays:
                 arrays[name][...] = value
-        self.session.run_with_iobinding(binding)
+        with self.file.running():
+            self.session.run_with_iobinding(binding)
         return logits.copy()
 
     def begin(self, ids: np.ndarray) -> np.ndarray:

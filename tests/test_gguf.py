@@ -221,14 +221,6 @@ def test_a_damaged_file_is_found_and_deleted(trained_run, tmp_path, monkeypatch,
     assert list(tmp_path.iterdir()) == [] and "was deleted" in capsys.readouterr().err
 
 
-def test_a_full_disk_ends_an_export_and_leaves_nothing(trained_run, small_disk, mistake):
-    (small_disk / "mine").write_bytes(bytes(600_000))
-    assert "No space left on device" in mistake(
-        "export_model.py", "--checkpoint", trained_run, "--format", "gguf", "--output", small_disk, cwd=small_disk
-    )
-    assert [path.name for path in small_disk.iterdir()] == ["mine"]
-
-
 def test_what_rounding_costs_is_printed_and_recorded(trained_run, tmp_path, monkeypatch, script):
     without_llama(monkeypatch)
     ended = script("export_model.py", "--checkpoint", trained_run, "--format", "gguf", "gguf_q4_0", "--output", tmp_path)

@@ -192,6 +192,7 @@ def test_a_real_terminal(trained_run, tmp_path):
     terminal.wait_for("is 1000000")
     terminal.type("/repetition_penalty 1e6\r")  # no token twice, the EOT stands in front
     terminal.wait_for("penalty is 1000000")
+    terminal.wait_for(">")  # typed earlier, a terminal makes other bytes of Enter
     terminal.type("One\x1b\rday\r")  # Alt-Enter
     terminal.wait_for("day")
     time.sleep(0.5)
