@@ -19,13 +19,8 @@ from export import quality
 from export.companions import companions, write_companions
 from export.formats import ALL, FORMATS, chosen, fitting, table, target_names
 from export.pruning import Pruning, pruned
-<<<<<<< HEAD
-from export.verify import Mismatch, Source, put_in_place, verify, workplace
-from formats.export_record import add_record, check_exports, model_sha256
-=======
 from export.verify import Mismatch, Source, put_in_place, quiet, verify, workplace
-from formats.export_record import add_record, check_exports
->>>>>>> exreview
+from formats.export_record import add_record, check_exports, model_sha256
 from formats.outputs import sole_writer
 from formats.run_directory import find_checkpoint, load_model
 
@@ -94,22 +89,15 @@ def export(checkpoint: str | Path, formats: Iterable[str], output: Path | None, 
     output = output or path.parent
     with sole_writer(output, "export", "output", "export"):
         check_exports(output, target_names(chosen(formats), path.name).values(), path, overwrite)
-<<<<<<< HEAD
         made_from = {"checkpoint_sha256": model_sha256(path)}
         source, done = Source(*load_model(str(path)), options), made_from
         if made_from["checkpoint_sha256"] != model_sha256(path):
             raise ValueError(f"{path} was replaced while it was read; export it again")
-        if options.get("pruning"):
-            source, done = pruned(source, options["pruning"], output)  # another model than the checkpoint's
-        names = target_names(fitting(formats, source), path.name)
-=======
-        source, done = Source(*load_model(str(path)), options), {}
         if options.get("data_dir"):
             quality.held_out(source)  # what is wrong with it is told before anything is written
         names = target_names(fitting(formats, source), path.name)
         if options.get("pruning"):
-            source, done = pruned(source, options["pruning"], output)
->>>>>>> exreview
+            source, done = pruned(source, options["pruning"], output)  # another model than the checkpoint's
         beside = companions(source, output, overwrite) if any(FORMATS[name].beside for name in names) else {}
         good = True
         for name, target in names.items():

@@ -10,13 +10,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-<<<<<<< HEAD
-from utils import describe, threads_for
-=======
-from utils import describe, is_full_memory
-
-import torch
->>>>>>> exreview
+from utils import describe, is_full_memory, threads_for
 
 from config import GPTConfig
 from formats.huggingface import config_from_hf
@@ -71,15 +65,9 @@ class OnnxFile:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-<<<<<<< HEAD
         options.intra_op_num_threads = threads or threads_for(self.path.stat().st_size)
-        options.log_severity_level = 3  # errors; it warns of what it cleans up
-        try:
-=======
-        options.intra_op_num_threads = threads or (1 if self.path.stat().st_size < SMALL else torch.get_num_threads())
         options.log_severity_level = 4  # warnings are of what it cleans up, and errors are raised too
         with self.running():
->>>>>>> exreview
             return onnxruntime.InferenceSession(model or str(self.path), options, providers=["CPUExecutionProvider"])
 
     @contextlib.contextmanager

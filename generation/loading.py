@@ -51,7 +51,6 @@ def engine_of(network: Network) -> Engine:
     return TorchEngine(network) if isinstance(network, GPT) else onnx_engine(network.file)
 
 
-<<<<<<< HEAD
 def cached_export(checkpoint: Path, make: Callable[[Path, Path], object]) -> Path:
     """The ONNX file that was made of this very checkpoint beside it or in the user's cache, where `make` puts it if it is missing or
     damaged. make: writes exports of a checkpoint into a directory. Raises ValueError, OSError."""
@@ -104,9 +103,3 @@ def choose_threads(engine: Engine) -> None:
     """Let torch take as many threads as suit an engine of its own; onnxruntime has been told already."""
     if isinstance(engine, TorchEngine):
         torch.set_num_threads(threads_for(4 * engine.model.num_parameters()))
-=======
-def load_engine(name: str, device: str = "cpu") -> tuple[Engine, TextTokenizer, Path]:
-    """What `--checkpoint NAME` means: an engine, the tokenizer, the file or HF folder. Raises FileNotFoundError, ValueError."""
-    network, tokenizer, path, _ = load_network(name, device)
-    return engine_of(network), tokenizer, path
->>>>>>> exreview

@@ -436,11 +436,7 @@ def test_without_validation_data_auto_takes_float16(trained_run, tmp_path, capsy
     content["train_config"]["data_dir"] = (str(tmp_path / "gone"),)
     save_checkpoint(tmp_path / "best_model.pt", content)
     assert export_model.main(["--checkpoint", str(tmp_path / "best_model.pt"), "--format", "html"]) == 0
-<<<<<<< HEAD
-    assert "float16, since what int8 costs can't be measured" in capsys.readouterr().err
-=======
     assert "float16, since what int8 costs can't be measured: " in capsys.readouterr().err
->>>>>>> exreview
     assert 'data-dtype="float16"' in (tmp_path / "best_model.html").read_text()
 
 
