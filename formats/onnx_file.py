@@ -73,13 +73,13 @@ class OnnxFile:
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Context in which onnxruntime computes: what it can't becomes a ValueError that names the file."""
-        import onnxruntime
-
         try:
             yield
         except Exception as error:  # onnxruntime's own kinds, and RuntimeError
             if is_full_memory(error):
                 raise
+            import onnxruntime
+
             raise ValueError(f"{self.path} can't be run by onnxruntime {onnxruntime.__version__}: {describe(error)[:200]}") from None
 
 
