@@ -27,13 +27,14 @@ AGAIN = "export it again with export_model.py"
 @dataclass(frozen=True)
 class OnnxFile:
     """path: where it is. config: shape of the network. tokenizer: its own. texts: `config` and `tokenizer` as they are in it or beside it.
-    cached: whether it keeps keys and values, or takes token ids only."""
+    cached: whether it keeps keys and values, or takes token ids only. producer: what wrote it, as it says."""
 
     path: Path
     config: GPTConfig
     tokenizer: TextTokenizer
     texts: dict[str, str]
     cached: bool
+    producer: str
 
     @classmethod
     def read(cls, path: Path) -> "OnnxFile":
@@ -56,7 +57,7 @@ class OnnxFile:
             raise ValueError(f"{path} can't be used: {describe(error)[:300]}") from None
         if tokenizer.vocab_size != config.vocab_size or len(cached) not in (0, 2 * config.n_layer):
             raise ValueError(f"{path} can't be used: its graph, configuration and tokenizer are of different models; {AGAIN}")
-        return cls(path, config, tokenizer, texts, bool(cached))
+        return cls(path, config, tokenizer, texts, bool(cached), proto.producer_name)
 
     def session(self, model: bytes | None = None, threads: int | None = None):
         """An onnxruntime.InferenceSession of the file, or of a graph made from it. threads: by default what suits its size.

@@ -17,7 +17,7 @@ LENGTHS = ("seqlens_k", "total_sequence_length")  # inputs: last position of eac
 def can_share(file: OnnxFile) -> bool:
     """Whether a file's graph can be changed so. onnxruntime wants head_dim to be a multiple of 16."""
     small = file.path.stat().st_size <= LARGEST and file.config.head_dim % 16 == 0
-    return file.cached and small and read_proto(file.path).producer_name == OURS
+    return file.cached and small and file.producer == OURS
 
 
 def shared_graph(file: OnnxFile) -> bytes:
