@@ -59,7 +59,8 @@ def network(config: GPTConfig, weights: dict[str, Tensor]) -> GPT:
 
 
 def with_zeros(model: GPT, share: float, scope: str) -> GPT:
-    """The model in which the smallest weights of the matrices inside the blocks are 0: exactly `share` of them, rounded to a whole number.
+    """The model in which the smallest weights of the matrices inside the blocks are 0: exactly `share` of them, rounded to a whole number;
+    more only where more were 0 before.
 
     Magnitude pruning (Han et al. 2015, "Learning both Weights and Connections for Efficient Neural Networks"). The token table keeps its
     weights: it is also the output layer, and zeros there cost more (MEASUREMENTS.md).
