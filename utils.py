@@ -23,6 +23,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Annotated
 
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # else onnxruntime, once imported, writes an id of this machine into the user's cache
+
 # ---------------------------------------------------------------- errors and exit codes
 
 

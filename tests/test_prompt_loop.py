@@ -211,6 +211,7 @@ def test_a_real_terminal(trained_run, tmp_path):
             second.read(deadline)
     second.type("\r")
     second.wait_for("max_new_tokens is 3")
+    second.wait_for(">")
     second.type("\x04")
     assert second.end() == 0
     assert "One\n+day" in (tmp_path / "small_language_models" / "prompts").read_text()
