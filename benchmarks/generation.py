@@ -16,7 +16,7 @@ from config import GPTConfig
 from export.hf_folder import write_hf
 from export.onnx_cache import write_onnx_cache
 from export.onnx_quantised import write_int8
-from export.verify import Source
+from export.verify import Source, quiet
 from formats.onnx_file import OnnxFile
 from formats.tokenizer import TextTokenizer
 from generation.engines import Engine
@@ -68,9 +68,10 @@ def sides(config: GPTConfig, checkout: Path | None, folder: Path) -> tuple[dict[
     model.wte.weight.data[tokenizer.eot_id] = 0  # else some texts would end
     source = Source(model, tokenizer, folder / "model.pt", {"train_config": {}, "data": [], "step": 0})
     folder.mkdir()
-    write_onnx_cache(source, folder / "model_cache.onnx")
-    write_int8(source, folder / "model.int8.onnx")
-    write_hf(source, folder / "hf")
+    with quiet():
+        write_onnx_cache(source, folder / "model_cache.onnx")
+        write_int8(source, folder / "model.int8.onnx")
+        write_hf(source, folder / "hf")
     found = {"torch": by_engine(TorchEngine(model), tokenizer)}
     for side, name in (("onnx", "model_cache.onnx"), ("onnx int8", "model.int8.onnx")):
         found[side] = by_engine(onnx_engine(OnnxFile.read(folder / name)), tokenizer)
