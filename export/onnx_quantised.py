@@ -18,8 +18,8 @@ from export.quality import of_logits
 from export.verify import Loaded, Measurable, Source
 from formats.onnx_file import OnnxFile
 from generation.engines import Engine
-from generation.onnx_engine import CachedEngine, OnnxNetwork
-from generation.shared_cache import SharedEngine, can_share
+from generation.loading import onnx_engine
+from generation.onnx_engine import OnnxNetwork
 
 BLOCK = 32  # weights with one scale
 INT8 = 4  # accuracy_level of MatMulNBits: multiply 8-bit integers
@@ -81,7 +81,7 @@ def tokens_per_second(engine: Engine) -> float:
 
 def measurable(path: Path, bits: int) -> Measurable:
     file = OnnxFile.read(path)
-    engine = (SharedEngine if can_share(file) else CachedEngine)(file, threads=1)
+    engine = onnx_engine(file, threads=1)
     score = of_logits(OnnxNetwork(file).features, file.config)
     pace = functools.partial(tokens_per_second, engine) if file.config.block_size > 2 else None
     return Measurable(path.stat().st_size, score, pace, "onnxruntime", bits)

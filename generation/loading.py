@@ -32,9 +32,10 @@ def read_onnx(path: Path) -> OnnxFile:
     return file
 
 
-def onnx_engine(file: OnnxFile) -> Engine:
-    """The fastest engine for an ONNX file. Raises ValueError."""
-    return SharedEngine(file) if can_share(file) else (CachedEngine if file.cached else RecomputingEngine)(file)
+def onnx_engine(file: OnnxFile, threads: int | None = None) -> Engine:
+    """The fastest engine for an ONNX file. threads: by default what suits its size. Raises ValueError."""
+    kind = SharedEngine if can_share(file) else CachedEngine if file.cached else RecomputingEngine
+    return kind(file, threads)
 
 
 def load_network(name: str, device: str = "cpu") -> tuple[Network, TextTokenizer, Path, dict]:
